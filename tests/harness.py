@@ -197,7 +197,9 @@ async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float
                 delta = response.delta
                 expected = len(request.resume.token_ids) + answer.tokens
                 assert delta.offset == expected, f"offset {delta.offset}, expected {expected}"
-                if request.stream.include_token_ids:
+                if answer.accepted.text_only:
+                    assert not delta.token_ids
+                elif request.stream.include_token_ids:
                     assert len(delta.token_ids) == delta.token_count
                 delta.text.encode()
                 answer.deltas += 1

@@ -53,6 +53,8 @@ GATEWAY = "http://127.0.0.1:8080"
 BATCHER = "127.0.0.1:50052"
 # Of other tools: docker, buildah, kubectl, pip, apt-get, llama.cpp.
 OTHER_FLAGS = {
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
     "--build-arg",
     "--replicas",
     "--extra-index-url",
@@ -98,6 +100,7 @@ OTHER_FLAGS = {
 }
 # In capitals, besides reasons, statuses and variables.
 OTHER_NAMES = {
+    "STOP_SEQUENCE",
     "BEST_EFFORT",
     "CACHED_PROMPT",
     "OPENAI_API_KEY",

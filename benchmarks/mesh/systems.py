@@ -22,7 +22,8 @@ import psutil
 from benchmarks.machine import QUIET, Window, until_quiet
 from benchmarks.mesh.answers import ask, at_once
 from headrace.cli.calls.connection import Connection
-from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
+from headrace.cli.launch.mesh import HOST, MeshSpec, mesh
+from headrace.cli.launch.tiers import TierSpec
 from headrace.client import Client
 from headrace.runtime.security.callers_file import entry_for, new_token
 

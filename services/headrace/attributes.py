@@ -16,6 +16,7 @@ SPAN_QUEUE = "batcher.queue"
 SPAN_BATCH = "batcher.batch"
 SPAN_PREFILL = "worker.prefill"
 SPAN_DECODE = "worker.decode"
+SPAN_UPSTREAM_QUEUE = "upstream.queue"
 
 EVENT_FIRST_TOKEN = "first_token"
 EVENT_FINISH = "finish"

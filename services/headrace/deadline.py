@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# Servers report a missed deadline this many seconds before gRPC ends the call, so that the caller gets the
+# reason.
+DEADLINE_MARGIN = 0.02
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Deadline:
@@ -48,3 +52,8 @@ class Deadline:
 
 
 NEVER = Deadline()
+
+
+def response_deadline(deadline: Deadline) -> Deadline:
+    """Return when a response must be sent for the caller to receive it before *deadline*."""
+    return deadline.earlier_by(DEADLINE_MARGIN)

@@ -112,6 +112,17 @@ class Flusher:
             self._waiting.popleft()
 
 
+def chosen_flusher(options: pb.StreamOptions, default: Flusher) -> Flusher:
+    """Return *default*, or a flusher of its own for a request with flush options, which were checked."""
+    own_tokens, own_interval = options.HasField("flush_tokens"), options.HasField("flush_interval")
+    if not (own_tokens or own_interval):
+        return default
+    return Flusher(
+        options.flush_tokens if own_tokens else default.tokens,
+        options.flush_interval.ToNanoseconds() / 1e9 if own_interval else default.seconds,
+    )
+
+
 class LiveFlushing:
     """The flushers of requests without flush options of their own, which follow the load.
 

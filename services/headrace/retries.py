@@ -124,10 +124,12 @@ def _is_resumable(error: errors.HeadraceError, *, again: bool) -> bool:
     """Return whether an answer may be resumed after *error*.
 
     It may if the server is lost or stopping, or names a delay, or discarded the answer of a slow reader. Not
-    after WORKER_LOST: the batcher has already tried, and a request that crashes its workers must end.
+    after WORKER_LOST: the batcher has already tried, and a request that crashes its workers must end. Nor
+    after UPSTREAM_LOST: there are no tokens to continue from.
     *again*: an earlier attempt to resume failed, so the server may be busy for a while.
     """
-    if isinstance(error, errors.Unavailable) and not isinstance(error, errors.WorkerLost):
+    ended = isinstance(error, errors.WorkerLost | errors.UpstreamLost)
+    if isinstance(error, errors.Unavailable) and not ended:
         return type(error) is errors.Unavailable or error.retry_after is not None
     if isinstance(error, errors.RequestCancelled | errors.SlowReader):
         return True

@@ -43,6 +43,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     tool_calls   the answer to a request with tools, unless it ends with the result of one
     logprobs   of each token, first to last; the others have -0.5
     reason, stop_sequence   of each finish
+    text_only  whether answers are text alone: their tokens have no ids
     cost       of each answer; None: no bill
     tiers      names and models
     refuses    raised instead of `accepted`
@@ -59,6 +60,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     logprobs: Sequence[float] = ()
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     stop_sequence: str = ""
+    text_only: bool = False
     cost: float | None = 0.5
     tiers: Mapping[str, str] = field(default_factory=lambda: dict(TIERS))
     refuses: errors.HeadraceError | None = None
@@ -131,8 +133,9 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
             model=request.routing.model or self.tiers.get(tier, "").split(",")[0],
             tier=tier,
             score=SCORE,
-            prompt_tokens=7,
+            prompt_tokens=0 if self.text_only else 7,
             seed=request.sampling.seed,
+            text_only=self.text_only,
             answer_id=f"answer-{number}",
         )
         yield pb.GenerateResponse(accepted=accepted)
@@ -143,6 +146,8 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
             deltas = _numbered([pb.Delta(token_count=1, tool_calls=self.tool_calls)])
         for place, delta in enumerate(deltas):
             self.first_tokens += place == 0
+            if self.text_only:
+                _remove_ids(delta)
             yield pb.GenerateResponse(delta=delta)
             if place == 0 and self.gate is not None:
                 await self.gate.wait()
@@ -170,6 +175,13 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         own = pb.TokenLogprob(id=100 + offset, logprob=logprob, text=token)
         others = [pb.TokenLogprob(id=rank, logprob=-1.0 - rank, text=b"o") for rank in range(most - 1)]
         return pb.TokenLogprobs(token=own, top=[own, *others] if most else [])
+
+
+def _remove_ids(delta: pb.Delta) -> None:
+    del delta.token_ids[:]
+    for described in delta.tokens:
+        for token in (described.token, *described.top):
+            token.id = 0
 
 
 def _numbered(deltas: Sequence[pb.Delta]) -> list[pb.Delta]:

@@ -8,8 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from headrace import errors
-from headrace.batcher import job
+from headrace import deadline, errors
 from headrace.batcher.waiting.estimates import Estimates
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
@@ -81,7 +80,7 @@ async def test_a_deadline_in_the_queue_has_its_own_reason(
     coalescer = slow.tiers["only"].batcher.coalescer
     # The batcher answers 57 s before the deadline, so that only it can report the deadline, even on a busy
     # machine. Its admission ignores what was measured in those three seconds.
-    monkeypatch.setattr(job, "DEADLINE_MARGIN", 57.0)
+    monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 57.0)
     monkeypatch.setattr(coalescer.admission, "estimates", lambda now: Estimates())
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]

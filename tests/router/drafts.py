@@ -28,15 +28,18 @@ class TextBatcher(FakeBatcher):
     """Answers every request with `text`, one word per token.
 
     sample      its answer to requests for a sample: empty never ends, an error is raised
+    logprob     of each token; None: it reports none
+    fails_after, fails_with   the number of words after which it fails, and the error
     waits       it sends no text before it has received this many requests
     cancelled   number of answers that were cancelled
     """
 
     text: str = GOOD
-    logprob: float = -0.01
+    logprob: float | None = -0.01
     length: bool = False
     cancelled: int = 0
     fails_after: int | None = None
+    fails_with: errors.HeadraceError | None = None
     sample: str | errors.HeadraceError | None = None
     cached: int = 0
     waits: int = 0
@@ -51,7 +54,11 @@ class TextBatcher(FakeBatcher):
         try:
             yield pb.GenerateResponse(
                 accepted=pb.Accepted(
-                    request_id=request.request_id, model=self.model, prompt_tokens=10, seed=1
+                    request_id=request.request_id,
+                    model=self.model,
+                    prompt_tokens=0 if self.text_only else 10,
+                    seed=1,
+                    text_only=self.text_only,
                 )
             )
             if isinstance(sample, errors.HeadraceError):
@@ -66,10 +73,11 @@ class TextBatcher(FakeBatcher):
             for place, word in enumerate(words):
                 if place == self.fails_after:
                     ended = True
-                    raise errors.SequenceFault("the engine failed on this request")
+                    raise self.fails_with or errors.SequenceFault("the engine failed on this request")
                 delta = pb.Delta(offset=place, token_count=1, text=word if place == 0 else f" {word}")
-                delta.token_ids.append(place)
-                if request.sampling.logprobs:
+                if not self.text_only:
+                    delta.token_ids.append(place)
+                if request.sampling.logprobs and self.logprob is not None:
                     delta.logprobs.append(self.logprob)
                 yield pb.GenerateResponse(delta=delta)
             ended = True
@@ -77,6 +85,8 @@ class TextBatcher(FakeBatcher):
             self.cancelled += not ended
         reason = pb.FINISH_REASON_LENGTH if self.length else pb.FINISH_REASON_STOP
         usage = pb.Usage(prompt_tokens=10, cached_tokens=self.cached, completion_tokens=len(words))
+        if self.text_only:
+            usage = self.usage or pb.Usage()
         yield pb.GenerateResponse(finish=pb.Finish(reason=reason, usage=usage))
 
 

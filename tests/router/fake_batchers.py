@@ -45,6 +45,8 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
     tier         its own name of its tier
     listed       its reply to ListTiers; None: the right one
     timing       of each answer
+    text_only    whether its answers are text alone, as of a service outside of the mesh
+    usage        of each answer of text alone, as that service reports it; None: it reports none
     polls        number of polls received
     multiplexes  whether it offers Multiplex
     """
@@ -62,6 +64,8 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
     tier: str = ""
     listed: routing.ListTiersResponse | None = None
     timing: pb.Timing | None = None
+    text_only: bool = False
+    usage: pb.Usage | None = None
     polls: int = 0
     multiplexes: bool = True
     requests: list[pb.GenerateRequest] = field(default_factory=list)
@@ -91,7 +95,11 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
             await self._fail(self.refuses, context)
         yield pb.GenerateResponse(
             accepted=pb.Accepted(
-                request_id=request.request_id, model=self.model, tier=self.tier, seed=request.sampling.seed
+                request_id=request.request_id,
+                model=self.model,
+                tier=self.tier,
+                seed=request.sampling.seed,
+                text_only=self.text_only,
             )
         )
         if self.hangs:
@@ -105,13 +113,15 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
             if breaks is not None and at - had + len(ids) > breaks:
                 break
             delta = pb.Delta(offset=at, token_count=len(ids), token_ids=ids, text=bytes(ids).decode())
-            if not request.stream.include_token_ids:
+            if self.text_only or not request.stream.include_token_ids:
                 del delta.token_ids[:]
             yield pb.GenerateResponse(delta=delta)
             at += len(ids)
         if breaks is not None:
             await self._fail(self.breaks_with, context)
         usage = pb.Usage(completion_tokens=len(said), replayed_tokens=had)
+        if self.text_only:
+            usage = self.usage or pb.Usage()
         finish = pb.Finish(reason=pb.FINISH_REASON_STOP, usage=usage, timing=self.timing)
         yield pb.GenerateResponse(finish=finish)
 

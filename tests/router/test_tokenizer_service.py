@@ -25,7 +25,7 @@ from headrace.v1.tokenizer_service_pb2_grpc import (
     add_TokenizerServiceServicer_to_server,
 )
 from tests.harness import until_healthy
-from tests.router.fake_batchers import FakeBatcher
+from tests.router.fake_batchers import FakeBatcher, serving_fake
 
 
 class FakeTokenizer(FakeBatcher, TokenizerServiceServicer):
@@ -167,6 +167,15 @@ async def test_another_batcher_answers_if_one_cannot(failure: errors.HeadraceErr
 
     assert len(works.asked) == 30
     assert failing[0].asked
+
+
+async def test_a_tier_without_a_tokenizer_says_so() -> None:
+    """As of a service outside of the mesh, whose server may not know the method at all."""
+    outside = FakeBatcher(model="frontier", text_only=True)
+    async with serving_fake(outside) as address, routing(small=FakeTokenizer("m"), large=address) as client:
+        with pytest.raises(errors.Unimplemented, match="tier 'large' has no tokenizer"):
+            await client.count_tokens(count("large"))
+        assert (await client.count_tokens(count("small"))).tokens == 4
 
 
 async def test_an_error_about_the_request_is_not_tried_elsewhere() -> None:

@@ -11,18 +11,9 @@ from opentelemetry import trace
 from headrace import errors
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.tools.form import FREE, AnswerForm
-from headrace.deadline import Deadline
+from headrace.deadline import Deadline, response_deadline
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
-
-# Servers report a missed deadline this many seconds before gRPC ends the call, so that the caller gets the
-# reason.
-DEADLINE_MARGIN = 0.02
-
-
-def response_deadline(deadline: Deadline) -> Deadline:
-    """Return when a response must be sent for the caller to receive it before *deadline*."""
-    return deadline.earlier_by(DEADLINE_MARGIN)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ is left to the batcher, which compiles it off its event loop and finds what cann
 from __future__ import annotations
 
 import json
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from headrace import errors
 from headrace.checks.conversations import READ_AT_ONCE
@@ -29,7 +29,7 @@ def check_structured(sampling: pb.Sampling) -> None:
         case "json_schema":
             _check_text(kind, sampling.json_schema, MAX_SCHEMA_BYTES)
             if len(sampling.json_schema) <= READ_AT_ONCE:
-                _check_json(sampling.json_schema)
+                read_schema(sampling.json_schema)
         case "json_object":
             if not sampling.json_object:
                 raise _invalid(kind, "is false, must be true: leave it out for other answers")
@@ -41,14 +41,8 @@ def check_structured(sampling: pb.Sampling) -> None:
             _check_choices(sampling.choices)
 
 
-def _check_text(kind: str, text: str, most: int) -> None:
-    if not text:
-        raise _invalid(kind, "is empty")
-    if (size := _bytes(text, most)) > most:
-        raise _invalid(kind, f"has {size} bytes, must be at most {most}")
-
-
-def _check_json(text: str) -> None:
+def read_schema(text: str) -> dict[str, Any]:
+    """Return the JSON schema of `Sampling.json_schema`. Raises InvalidSampling if it is not a JSON object."""
     try:
         schema = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -59,6 +53,14 @@ def _check_json(text: str) -> None:
         raise _invalid("json_schema", f"is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise _invalid("json_schema", 'is JSON, but not an object such as {"type": "object"}')
+    return schema
+
+
+def _check_text(kind: str, text: str, most: int) -> None:
+    if not text:
+        raise _invalid(kind, "is empty")
+    if (size := _bytes(text, most)) > most:
+        raise _invalid(kind, f"has {size} bytes, must be at most {most}")
 
 
 def _check_choices(choices: pb.Choices) -> None:

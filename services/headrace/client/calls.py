@@ -118,7 +118,8 @@ class Client(TokenizerCalls, WholeAnswers):
         timeout    seconds for the whole answer; None: the router sets its default deadline
         metadata   additional headers; keys in lower case, values in printable ASCII
         resume     whether to resume the answer when its stream is lost. If the model's determinism is EXACT,
-                   the rest is the same as without the loss: the client draws the seed if the request has none
+                   the rest is the same as without the loss: the client draws the seed if the request has
+                   none. An answer of text alone (`accepted.text_only`) raises UpstreamLost instead
         labels     additional attributes of the spans
         flusher    when tokens that were gathered on the shared stream are handed over; None: each at once
 
@@ -168,6 +169,10 @@ class Client(TokenizerCalls, WholeAnswers):
                 failures = failures + 1 if answer is None or answer.position == before else 1
                 if failures == 1:
                     since = time.monotonic()
+                if answer is not None and not answer.resumable:
+                    if (broken_off := answer.broken_off(error)) is error:
+                        raise
+                    raise broken_off from error
                 if answer is not None and answer.accepted is not None:
                     if not await self._retries.resume(
                         error, failures, accepted=received, since=since, deadline=deadline

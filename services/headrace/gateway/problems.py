@@ -182,6 +182,7 @@ _ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
     errors.NoWorkers: _DOWN,
     errors.WorkerLost: _DOWN,
     errors.BatcherLost: _DOWN,
+    errors.UpstreamLost: _GATEWAY,
     errors.WorkerDraining: _DOWN,
     errors.Draining: _DOWN,
     errors.NotReady: _DOWN,

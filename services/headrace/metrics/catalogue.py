@@ -2,7 +2,7 @@
 
 The metrics of changes to the routing (canary, shadow, decision log) are in `changes.py`.
 
-`gen_ai.server.*` and `headrace.requests` are recorded by router and batcher, which both implement
+`gen_ai.server.*` and `headrace.requests` are recorded by router, batcher and upstream, which all implement
 GenerationService: the router's are what its callers experience, with drafts, failover and other tiers. In
 Prometheus, the label `service_name` tells them apart.
 """
@@ -23,9 +23,10 @@ from headrace.metrics.instruments import (
     Metric,
 )
 
-ROUTER, BATCHER, WORKER, CLIENT, GATEWAY = "router", "batcher", "worker", "client", "gateway"
-_SERVERS = (ROUTER, BATCHER)
-_GRPC = (ROUTER, BATCHER, WORKER)
+ROUTER, BATCHER, WORKER, UPSTREAM = "router", "batcher", "worker", "upstream"
+CLIENT, GATEWAY = "client", "gateway"
+_SERVERS = (ROUTER, BATCHER, UPSTREAM)
+_GRPC = (ROUTER, BATCHER, WORKER, UPSTREAM)
 _ALL = (*_GRPC, GATEWAY)
 _RPC = ("rpc_system", "method", "status", "error")
 _GEN_AI = ("operation", "provider", "model", "tier")
@@ -143,7 +144,7 @@ WASTED_TOKENS: Final = Counter(
     "{token}",
     ("tier", "cause"),
     "generated tokens that no caller received, or that had to be generated again",
-    services=_GRPC,
+    services=(ROUTER, BATCHER, WORKER),
 )
 
 # Tenants: the first ones by number of --metrics-tenants, the others together as "other".
@@ -220,15 +221,15 @@ QUEUE_DEPTH: Final = Gauge(
     "headrace.queue.depth",
     "{request}",
     ("tier", "stage"),
-    "requests that wait to be tokenised, for a check of their grammar, or for a worker",
-    services=(BATCHER,),
+    "requests that wait to be tokenised, for a check of a grammar, for a worker, or for an upstream",
+    services=(BATCHER, UPSTREAM),
 )
 QUEUE_WAIT: Final = Histogram(
     "headrace.queue.wait",
     "s",
     ("tier", "stage", "outcome"),
-    "how long requests waited to be tokenised, for a check of their grammar, or for a worker",
-    services=(BATCHER,),
+    "how long requests waited to be tokenised, for a check of a grammar, for a worker, or for an upstream",
+    services=(BATCHER, UPSTREAM),
     bounds=attributes.BUCKETS_TTFT,
 )
 BATCH_SIZE: Final = Histogram(
@@ -269,7 +270,46 @@ FAILOVERS: Final = Counter(
     "{answer}",
     ("tier", "error"),
     "answers resumed on another worker (batcher) or batcher (router), by what was lost",
-    services=_SERVERS,
+    services=(ROUTER, BATCHER),
+)
+
+# Services outside of the mesh.
+UPSTREAM_DURATION: Final = Histogram(
+    "http.client.request.duration",
+    "s",
+    ("http_method", "server", "http_status", "error"),
+    "time from the start of an HTTP request to an upstream to the end of its response",
+    services=(UPSTREAM,),
+    bounds=attributes.BUCKETS_DURATION,
+)
+UPSTREAM_FIRST_BYTE: Final = Histogram(
+    "headrace.upstream.time_to_first_byte",
+    "s",
+    ("tier", "server"),
+    "time from the start of an HTTP request to an upstream to the first byte of its response's body",
+    services=(UPSTREAM,),
+    bounds=attributes.BUCKETS_TTFT,
+)
+UPSTREAM_RETRIES: Final = Counter(
+    "headrace.upstream.retries",
+    "{request}",
+    ("tier", "error"),
+    "HTTP requests that repeat one that failed before its first token, at any URL, by its error",
+    services=(UPSTREAM,),
+)
+UPSTREAM_URLS: Final = Gauge(
+    "headrace.upstream.urls",
+    "{url}",
+    ("tier", "state"),
+    "URLs of the upstream: that are used, whose circuit breaker is open, or that failed their last check",
+    services=(UPSTREAM,),
+)
+UPSTREAM_NO_USAGE: Final = Counter(
+    "headrace.upstream.usage_missing",
+    "{answer}",
+    ("tier",),
+    "complete answers for which the upstream reported no usage, so that their tokens are estimates",
+    services=(UPSTREAM,),
 )
 
 # Workers.

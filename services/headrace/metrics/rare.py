@@ -47,6 +47,15 @@ def create_for_batcher(tier: str) -> None:
         catalogue.WASTED_TOKENS.of(tier=tier, cause=cause)
 
 
+def create_for_upstream(tier: str) -> None:
+    """Create the series of an upstream."""
+    _create_refusals("", (errors.Busy,))
+    _create_refusals(tier, (errors.Overloaded,))
+    for kind in (errors.NoWorkers, errors.Overloaded):
+        catalogue.UPSTREAM_RETRIES.of(tier=tier, error=kind.reason)
+    catalogue.UPSTREAM_NO_USAGE.of(tier=tier)
+
+
 def create_for_worker(tier: str, model: str) -> None:
     """Create the series of a worker."""
     for outcome in ("deadline", "failed"):

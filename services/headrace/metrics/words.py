@@ -40,6 +40,7 @@ LABELS: Final = {
     "http_route": attributes.HTTP_ROUTE,
     "http_status": attributes.HTTP_STATUS_CODE,
     "scheme": attributes.URL_SCHEME,
+    "server": attributes.SERVER_ADDRESS,
 }
 OTHER: Final = "other"  # the value of a label beyond its bound
 PROVIDER: Final = "headrace"  # the value of gen_ai.provider.name

@@ -106,8 +106,13 @@ async def _first_response(tiers: Sequence[Tier], ask: Callable[[BatcherPeer], Aw
         while (batcher := await next_batcher(tier, refused)) is not None:
             try:
                 response = await ask(batcher)
-            except (errors.Unimplemented, errors.UnknownModel) as error:
-                refused[batcher] = error  # while batchers are replaced, some are older or have another model
+            except errors.UnknownModel as error:
+                refused[batcher] = error  # while batchers are replaced, some have another model
+            except errors.Unimplemented:
+                # It is a service outside of the mesh, or an older batcher that is being replaced.
+                refused[batcher] = errors.Unimplemented(
+                    f"tier {tier.name!r} has no tokenizer in this mesh: name another tier or model"
+                )
             except errors.HeadraceError as raised:
                 refused[batcher] = batcher_error(raised, batcher)
                 if type(raised) is errors.Unavailable:

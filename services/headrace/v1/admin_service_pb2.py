@@ -27,7 +27,7 @@ from headrace.v1 import routing_changes_pb2 as headrace_dot_v1_dot_routing__chan
 from headrace.v1 import worker_service_pb2 as headrace_dot_v1_dot_worker__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fheadrace/v1/admin_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!headrace/v1/routing_changes.proto\x1a headrace/v1/worker_service.proto\"\'\n\x0eInspectRequest\x12\x15\n\rmax_sequences\x18\x01 \x01(\r\"\xd4\x01\n\x0fInspectResponse\x12,\n\x07\x62\x61tcher\x18\x01 \x01(\x0b\x32\x19.headrace.v1.BatcherStateH\x00\x12*\n\x06worker\x18\x02 \x01(\x0b\x32\x18.headrace.v1.WorkerStateH\x00\x12*\n\x06router\x18\x04 \x01(\x0b\x32\x18.headrace.v1.RouterStateH\x00\x12\x30\n\rprocess_state\x18\x03 \x01(\x0b\x32\x19.headrace.v1.ProcessStateB\t\n\x07process\"e\n\x0cProcessState\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\r\n\x05tasks\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\r\n\x05\x66iles\x18\x04 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\"\xac\x01\n\x0bRouterState\x12/\n\x08\x62\x61tchers\x18\x01 \x03(\x0b\x32\x1d.headrace.v1.BatcherLinkState\x12\x15\n\rconversations\x18\x02 \x01(\r\x12\'\n\x07tenants\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TenantUse\x12,\n\x07\x63hanges\x18\x04 \x01(\x0b\x32\x1b.headrace.v1.RoutingChanges\"{\n\tTenantUse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\x12\x11\n\x04\x63ost\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_cost\"d\n\x10\x42\x61tcherLinkState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\"\xf2\x02\n\x0c\x42\x61tcherState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12&\n\x05queue\x18\x02 \x03(\x0b\x32\x17.headrace.v1.QueueState\x12\x13\n\x0binterrupted\x18\x03 \x01(\r\x12.\n\x0boldest_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x07workers\x18\x05 \x03(\x0b\x32\x1c.headrace.v1.WorkerLinkState\x12-\n\tsequences\x18\x06 \x03(\x0b\x32\x1a.headrace.v1.SequenceState\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x08 \x01(\x01\x12\x15\n\rprefix_blocks\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\r\x12\x12\n\ntokenizing\x18\x0b \x01(\r\x12\x18\n\x10tokenizing_bytes\x18\x0c \x01(\x04\"?\n\nQueueState\x12\x10\n\x08priority\x18\x01 \x01(\r\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07waiting\x18\x03 \x01(\r\"\xbf\x02\n\x0fWorkerLinkState\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12#\n\x06\x63redit\x18\x08 \x01(\x0b\x32\x13.headrace.v1.Credit\x12\x13\n\x0boutstanding\x18\t \x01(\r\x12\x16\n\x0e\x62\x61\x63klog_tokens\x18\n \x01(\x04\x12+\n\x08step_p99\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12since_last_message\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcc\x01\n\rSequenceState\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\r\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x0e\n\x06unread\x18\x08 \x01(\r\x12\x0e\n\x06losses\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\x08\"\x95\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\x12\x1f\n\x04load\x18\x05 \x01(\x0b\x32\x11.headrace.v1.Load\x12)\n\x07streams\x18\x06 \x03(\x0b\x32\x18.headrace.v1.StreamState\x12-\n\tsequences\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.SequenceState\x12\x11\n\tin_flight\x18\x08 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\t \x01(\r\"\xb4\x01\n\x0bStreamState\x12\x12\n\nbatcher_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x13.headrace.v1.Credit\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06\x66rames\x18\x05 \x01(\x04\x12\x16\n\x0eunacknowledged\x18\x06 \x01(\r\x12\x0f\n\x07pending\x18\x07 \x01(\r\x12\x11\n\tcommitted\x18\x08 \x01(\r2T\n\x0c\x41\x64minService\x12\x44\n\x07Inspect\x12\x1b.headrace.v1.InspectRequest\x1a\x1c.headrace.v1.InspectResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fheadrace/v1/admin_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!headrace/v1/routing_changes.proto\x1a headrace/v1/worker_service.proto\"\'\n\x0eInspectRequest\x12\x15\n\rmax_sequences\x18\x01 \x01(\r\"\x84\x02\n\x0fInspectResponse\x12,\n\x07\x62\x61tcher\x18\x01 \x01(\x0b\x32\x19.headrace.v1.BatcherStateH\x00\x12*\n\x06worker\x18\x02 \x01(\x0b\x32\x18.headrace.v1.WorkerStateH\x00\x12*\n\x06router\x18\x04 \x01(\x0b\x32\x18.headrace.v1.RouterStateH\x00\x12.\n\x08upstream\x18\x05 \x01(\x0b\x32\x1a.headrace.v1.UpstreamStateH\x00\x12\x30\n\rprocess_state\x18\x03 \x01(\x0b\x32\x19.headrace.v1.ProcessStateB\t\n\x07process\"e\n\x0cProcessState\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\r\n\x05tasks\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\x12\r\n\x05\x66iles\x18\x04 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\"\xac\x01\n\x0bRouterState\x12/\n\x08\x62\x61tchers\x18\x01 \x03(\x0b\x32\x1d.headrace.v1.BatcherLinkState\x12\x15\n\rconversations\x18\x02 \x01(\r\x12\'\n\x07tenants\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TenantUse\x12,\n\x07\x63hanges\x18\x04 \x01(\x0b\x32\x1b.headrace.v1.RoutingChanges\"{\n\tTenantUse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\x12\x11\n\x04\x63ost\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x07\n\x05_cost\"d\n\x10\x42\x61tcherLinkState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\"\xf2\x02\n\x0c\x42\x61tcherState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12&\n\x05queue\x18\x02 \x03(\x0b\x32\x17.headrace.v1.QueueState\x12\x13\n\x0binterrupted\x18\x03 \x01(\r\x12.\n\x0boldest_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x07workers\x18\x05 \x03(\x0b\x32\x1c.headrace.v1.WorkerLinkState\x12-\n\tsequences\x18\x06 \x03(\x0b\x32\x1a.headrace.v1.SequenceState\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x08 \x01(\x01\x12\x15\n\rprefix_blocks\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\r\x12\x12\n\ntokenizing\x18\x0b \x01(\r\x12\x18\n\x10tokenizing_bytes\x18\x0c \x01(\x04\"?\n\nQueueState\x12\x10\n\x08priority\x18\x01 \x01(\r\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07waiting\x18\x03 \x01(\r\"\xbf\x02\n\x0fWorkerLinkState\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12#\n\x06\x63redit\x18\x08 \x01(\x0b\x32\x13.headrace.v1.Credit\x12\x13\n\x0boutstanding\x18\t \x01(\r\x12\x16\n\x0e\x62\x61\x63klog_tokens\x18\n \x01(\x04\x12+\n\x08step_p99\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12since_last_message\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcc\x01\n\rSequenceState\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\r\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x0e\n\x06unread\x18\x08 \x01(\r\x12\x0e\n\x06losses\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\x08\"\x95\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\x12\x1f\n\x04load\x18\x05 \x01(\x0b\x32\x11.headrace.v1.Load\x12)\n\x07streams\x18\x06 \x03(\x0b\x32\x18.headrace.v1.StreamState\x12-\n\tsequences\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.SequenceState\x12\x11\n\tin_flight\x18\x08 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\t \x01(\r\"\xb4\x01\n\x0bStreamState\x12\x12\n\nbatcher_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x13.headrace.v1.Credit\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06\x66rames\x18\x05 \x01(\x04\x12\x16\n\x0eunacknowledged\x18\x06 \x01(\r\x12\x0f\n\x07pending\x18\x07 \x01(\r\x12\x11\n\tcommitted\x18\x08 \x01(\r\"\xec\x01\n\rUpstreamState\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x04urls\x18\x03 \x03(\x0b\x32\x1d.headrace.v1.UpstreamUrlState\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07running\x18\x06 \x01(\r\x12-\n\tsequences\x18\x07 \x03(\x0b\x32\x1a.headrace.v1.SequenceState\x12\x11\n\tin_flight\x18\x08 \x01(\r\"\xa7\x01\n\x10UpstreamUrlState\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12*\n\x07\x62locked\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r2T\n\x0c\x41\x64minService\x12\x44\n\x07Inspect\x12\x1b.headrace.v1.InspectRequest\x1a\x1c.headrace.v1.InspectResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSPECTREQUEST']._serialized_start=149
   _globals['_INSPECTREQUEST']._serialized_end=188
   _globals['_INSPECTRESPONSE']._serialized_start=191
-  _globals['_INSPECTRESPONSE']._serialized_end=403
-  _globals['_PROCESSSTATE']._serialized_start=405
-  _globals['_PROCESSSTATE']._serialized_end=506
-  _globals['_ROUTERSTATE']._serialized_start=509
-  _globals['_ROUTERSTATE']._serialized_end=681
-  _globals['_TENANTUSE']._serialized_start=683
-  _globals['_TENANTUSE']._serialized_end=806
-  _globals['_BATCHERLINKSTATE']._serialized_start=808
-  _globals['_BATCHERLINKSTATE']._serialized_end=908
-  _globals['_BATCHERSTATE']._serialized_start=911
-  _globals['_BATCHERSTATE']._serialized_end=1281
-  _globals['_QUEUESTATE']._serialized_start=1283
-  _globals['_QUEUESTATE']._serialized_end=1346
-  _globals['_WORKERLINKSTATE']._serialized_start=1349
-  _globals['_WORKERLINKSTATE']._serialized_end=1668
-  _globals['_SEQUENCESTATE']._serialized_start=1671
-  _globals['_SEQUENCESTATE']._serialized_end=1875
-  _globals['_WORKERSTATE']._serialized_start=1878
-  _globals['_WORKERSTATE']._serialized_end=2155
-  _globals['_STREAMSTATE']._serialized_start=2158
-  _globals['_STREAMSTATE']._serialized_end=2338
-  _globals['_ADMINSERVICE']._serialized_start=2340
-  _globals['_ADMINSERVICE']._serialized_end=2424
+  _globals['_INSPECTRESPONSE']._serialized_end=451
+  _globals['_PROCESSSTATE']._serialized_start=453
+  _globals['_PROCESSSTATE']._serialized_end=554
+  _globals['_ROUTERSTATE']._serialized_start=557
+  _globals['_ROUTERSTATE']._serialized_end=729
+  _globals['_TENANTUSE']._serialized_start=731
+  _globals['_TENANTUSE']._serialized_end=854
+  _globals['_BATCHERLINKSTATE']._serialized_start=856
+  _globals['_BATCHERLINKSTATE']._serialized_end=956
+  _globals['_BATCHERSTATE']._serialized_start=959
+  _globals['_BATCHERSTATE']._serialized_end=1329
+  _globals['_QUEUESTATE']._serialized_start=1331
+  _globals['_QUEUESTATE']._serialized_end=1394
+  _globals['_WORKERLINKSTATE']._serialized_start=1397
+  _globals['_WORKERLINKSTATE']._serialized_end=1716
+  _globals['_SEQUENCESTATE']._serialized_start=1719
+  _globals['_SEQUENCESTATE']._serialized_end=1923
+  _globals['_WORKERSTATE']._serialized_start=1926
+  _globals['_WORKERSTATE']._serialized_end=2203
+  _globals['_STREAMSTATE']._serialized_start=2206
+  _globals['_STREAMSTATE']._serialized_end=2386
+  _globals['_UPSTREAMSTATE']._serialized_start=2389
+  _globals['_UPSTREAMSTATE']._serialized_end=2625
+  _globals['_UPSTREAMURLSTATE']._serialized_start=2628
+  _globals['_UPSTREAMURLSTATE']._serialized_end=2795
+  _globals['_ADMINSERVICE']._serialized_start=2797
+  _globals['_ADMINSERVICE']._serialized_end=2881
 # @@protoc_insertion_point(module_scope)

@@ -52,6 +52,7 @@ class InspectResponse(_message.Message):
     BATCHER_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
+    UPSTREAM_FIELD_NUMBER: _builtins.int
     PROCESS_STATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batcher(self) -> Global___BatcherState:
@@ -66,6 +67,10 @@ class InspectResponse(_message.Message):
         """A router."""
 
     @_builtins.property
+    def upstream(self) -> Global___UpstreamState:
+        """An upstream."""
+
+    @_builtins.property
     def process_state(self) -> Global___ProcessState:
         """The resources that it uses."""
 
@@ -75,13 +80,14 @@ class InspectResponse(_message.Message):
         batcher: Global___BatcherState | None = ...,
         worker: Global___WorkerState | None = ...,
         router: Global___RouterState | None = ...,
+        upstream: Global___UpstreamState | None = ...,
         process_state: Global___ProcessState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "upstream", b"upstream", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "upstream", b"upstream", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker", "router"]  # noqa: Y015
+    _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker", "router", "upstream"]  # noqa: Y015
     _WhichOneofArgType_process: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_process) -> _WhichOneofReturnType_process | None: ...
 
@@ -596,3 +602,107 @@ class StreamState(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamState: _TypeAlias = StreamState  # noqa: Y015
+
+@_typing.final
+class UpstreamState(_message.Message):
+    """The state of an upstream: a process that has a tier's requests answered by a service outside of the mesh."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    URLS_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """The tier that it serves."""
+    model: _builtins.str
+    """The name of the model at the service."""
+    queued: _builtins.int
+    """Requests that wait for one of the slots of --max-concurrent."""
+    running: _builtins.int
+    """Requests that have a slot."""
+    in_flight: _builtins.int
+    """The number of requests in flight."""
+    @_builtins.property
+    def urls(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpstreamUrlState]:
+        """The URLs of the service, by preference."""
+
+    @_builtins.property
+    def oldest_wait(self) -> _duration_pb2.Duration:
+        """How long the oldest of them has waited."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceState]:
+        """Requests in flight, oldest first. `offset` is an estimate, and `peer` the URL that answers; empty while none does."""
+
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        model: _builtins.str = ...,
+        urls: _abc.Iterable[Global___UpstreamUrlState] | None = ...,
+        queued: _builtins.int = ...,
+        oldest_wait: _duration_pb2.Duration | None = ...,
+        running: _builtins.int = ...,
+        sequences: _abc.Iterable[Global___SequenceState] | None = ...,
+        in_flight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_flight", b"in_flight", "model", b"model", "oldest_wait", b"oldest_wait", "queued", b"queued", "running", b"running", "sequences", b"sequences", "tier", b"tier", "urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpstreamState: _TypeAlias = UpstreamState  # noqa: Y015
+
+@_typing.final
+class UpstreamUrlState(_message.Message):
+    """The state of one URL of a service outside of the mesh."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    BLOCKED_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The base URL."""
+    ready: _builtins.bool
+    """Whether it is used."""
+    problem: _builtins.str
+    """Why it is not used. Empty if it is."""
+    breaker: _builtins.str
+    """Its circuit breaker: "closed", "open" or "half open"."""
+    in_flight: _builtins.int
+    """HTTP requests in flight there."""
+    context_length: _builtins.int
+    """The context length in its list of models. 0: unknown."""
+    @_builtins.property
+    def blocked(self) -> _duration_pb2.Duration:
+        """For how long it accepts no requests, as it said itself. Absent: it accepts them."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        ready: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        breaker: _builtins.str = ...,
+        in_flight: _builtins.int = ...,
+        blocked: _duration_pb2.Duration | None = ...,
+        context_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "breaker", b"breaker", "context_length", b"context_length", "in_flight", b"in_flight", "problem", b"problem", "ready", b"ready", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpstreamUrlState: _TypeAlias = UpstreamUrlState  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -44,7 +44,7 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -72,7 +72,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -40,7 +40,7 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -49,7 +49,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Returns the current state of the process, also while it drains."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
+    """A debug endpoint of routers, batchers, workers and upstreams, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from headrace import errors
-from headrace.batcher import job as jobs
+from headrace import deadline, errors
 from headrace.batcher.intake.grammars import GrammarCheck
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.grammars.checker import Checker
@@ -168,10 +167,10 @@ async def test_a_deadline_that_passes_during_a_check_ends_the_request(
     async with gated(gate) as tier:
         blocked = ask(tier, choosing("first"))
         await eventually(lambda: len(gate.checked) == 1)
-        monkeypatch.setattr(jobs, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after three seconds
+        monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after 3 s
         with pytest.raises(errors.DeadlineInQueue, match="grammar"):
             await ask(tier, choosing("late"), 60.0)
-        monkeypatch.setattr(jobs, "DEADLINE_MARGIN", 0.02)
+        monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 0.02)
         assert waiting(tier) == 1
         gate.open()
         await blocked

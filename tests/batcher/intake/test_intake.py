@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace import errors
-from headrace.batcher import job as jobs
+from headrace import deadline, errors
 from headrace.batcher.intake.intake import LONG_BYTES
 from headrace.batcher.intake.limits import GREEDY_BELOW, RequestLimits
 from headrace.batcher.text.tokens import ByteTokenizer
@@ -215,7 +214,7 @@ async def test_a_request_whose_deadline_passes_fails_then_and_is_not_tokenised(
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
         readers = await block_threads(tier, tokenizer)
-        monkeypatch.setattr(jobs, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after three seconds
+        monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after 3 s
         with pytest.raises(errors.DeadlineInQueue, match="tokenised"):
             await asking(tier, "late", 60.0)
         monkeypatch.undo()

@@ -13,7 +13,6 @@ from opentelemetry import trace
 from headrace import errors, statuses
 from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
-from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.liveness import Liveness
 from headrace.batcher.links.receiver import Receiver
@@ -21,6 +20,7 @@ from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.deadline import NEVER
 from headrace.flushing import Flusher
+from headrace.runtime.breaker import BreakerState
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server

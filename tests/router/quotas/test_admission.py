@@ -141,6 +141,22 @@ async def test_tokens_are_reserved_and_what_was_not_used_is_given_back(tmp_path:
     assert error.retry_after > 30, "the answer of 1000 tokens has left a debt of 400"
 
 
+@pytest.mark.parametrize("limit", ["tokens_per_minute = 1000", "cost_per_day = 0.5"])
+async def test_the_prompt_of_a_text_alone_counts_for_callers_that_leave_early(
+    tmp_path: Path, limit: str
+) -> None:
+    """Its service reports the tokens of the prompt at the end only."""
+    fake = FakeBatcher(text_only=True, breaks=[1] * 9)
+    prompt = "x" * 2400  # some 600 tokens
+    async with limited(tmp_path, f"[default]\n{limit}", fake, prices="only=500/0") as client:
+        with pytest.raises(errors.UpstreamLost):
+            await collect(client, ask(text=prompt, max_tokens=1))
+        error = await refused(client, ask(text=prompt, max_tokens=1))
+
+    assert error.fields["limit"] == limit.split(" ")[0]
+    assert len(fake.requests) == 1
+
+
 async def test_streams_count_until_they_end_however_they_end(tmp_path: Path) -> None:
     fake = FakeBatcher(hangs=True)
     async with limited(tmp_path, "[default]\nconcurrent_streams = 2", fake) as client:

@@ -34,9 +34,9 @@ from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
-from headrace.flushing import Flusher
+from headrace.flushing import Flusher, chosen_flusher
 from headrace.v1 import generation_pb2 as pb
-from headrace.validation import check_request, seconds_of
+from headrace.validation import check_request
 
 LONG_BYTES = 64 * 1024  # tokenised in about 30 ms; a shorter prompt never waits for a longer one
 # The smallest request of each lane, in bytes, and the lane's threads.
@@ -321,14 +321,7 @@ class Intake:
     def _flusher(self, stream: pb.StreamOptions, framed: bool) -> Flusher:
         """Return the flusher that follows the load, or one of its own for a request with flush options."""
         live = self._coalescer.current_flushing(time.monotonic())
-        default = live.framed if framed else live.messages
-        own_tokens, own_interval = stream.HasField("flush_tokens"), stream.HasField("flush_interval")
-        if not (own_tokens or own_interval):
-            return default
-        return Flusher(
-            stream.flush_tokens if own_tokens else default.tokens,
-            seconds_of(stream.flush_interval, "stream.flush_interval") if own_interval else default.seconds,
-        )
+        return chosen_flusher(stream, live.framed if framed else live.messages)
 
 
 class _TokenizeSpan:

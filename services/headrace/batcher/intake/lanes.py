@@ -18,10 +18,9 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from headrace import errors
-from headrace.batcher import job as jobs
 from headrace.batcher.waiting.estimates import RunningMean
 from headrace.batcher.waiting.order import FairOrder
-from headrace.deadline import Deadline
+from headrace.deadline import Deadline, response_deadline
 from headrace.metrics import catalogue
 from headrace.metrics.words import Outcome, outcome_of
 
@@ -61,8 +60,8 @@ class Pending(Generic[T]):
 
     @property
     def response_deadline(self) -> Deadline:
-        """See `job.response_deadline`."""
-        return jobs.response_deadline(self.deadline)
+        """See `deadline.response_deadline`."""
+        return response_deadline(self.deadline)
 
     async def wait(self, late: errors.DeadlineExceeded) -> T:
         """Wait for the result, until the deadline of the response at most; then raise *late*."""

@@ -19,7 +19,6 @@ from opentelemetry import trace
 
 from headrace import errors, statuses
 from headrace.batcher.job import Job
-from headrace.batcher.links.breaker import CircuitBreaker
 from headrace.batcher.links.failover import request_keys
 from headrace.batcher.links.in_flight import InFlightSequences
 from headrace.batcher.links.listener import LinkListener
@@ -27,6 +26,7 @@ from headrace.batcher.links.liveness import PING_SECONDS, Liveness
 from headrace.batcher.links.receiver import FRAME_WINDOW, Mismatch, Receiver
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.propagation import to_w3c
+from headrace.runtime.breaker import CircuitBreaker
 from headrace.runtime.rate import RateMeter
 from headrace.tls.files import TlsReader
 from headrace.v1 import worker_service_pb2 as wire

@@ -15,7 +15,6 @@ from headrace import attributes, errors
 from headrace.batcher.inbox import WorkerChange
 from headrace.batcher.job import Job
 from headrace.batcher.links import failover
-from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.token_details import needed_features
@@ -25,6 +24,7 @@ from headrace.batcher.waiting.prefixes import PrefixIndex
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.metrics import catalogue
+from headrace.runtime.breaker import BreakerState
 
 # The longest time between two dispatches: breakers close, deadlines pass, and workers may stay away.
 MAX_IDLE_SECONDS = 1.0

@@ -130,7 +130,7 @@ class Whole:
     calls      of tools, by their index
     prompt     the tokens of the prompt, if they were requested
     tokens     the details of the answer's tokens, if they were requested
-    ids        of the answer's tokens, if they were requested
+    ids        of the answer's tokens, if they were requested; None if it is text alone
     """
 
     texts: list[str] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Whole:
     calls: dict[int, WholeCall] = field(default_factory=dict)
     prompt: list[pb.TokenLogprobs] = field(default_factory=list)
     tokens: list[pb.TokenLogprobs] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] | None = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -155,7 +155,8 @@ class Whole:
             call.id, call.name = call.id or part.id, call.name or part.name
             call.arguments.append(part.arguments)
         self.tokens.extend(delta.tokens)
-        self.ids.extend(delta.token_ids)
+        if self.ids is not None:
+            self.ids.extend(delta.token_ids)
 
 
 async def gather(events: AsyncIterator[Event], tally: Tally) -> list[Whole]:
@@ -168,6 +169,8 @@ async def gather(events: AsyncIterator[Event], tally: Tally) -> list[Whole]:
             whole.add(response.delta)
         elif event == "accepted":
             tally.accepted[index] = response.accepted
+            if response.accepted.text_only:
+                whole.ids = None
         elif event == "finish":
             tally.finished[index] = response.finish
         elif event == "prompt_tokens":

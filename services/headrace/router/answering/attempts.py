@@ -1,8 +1,9 @@
 """Forward one request: attempt it at a batcher, resume it on another, move it to another tier.
 
 The router keeps the token ids that it has forwarded. With them, the seed and the prompt, another batcher
-resumes at the next token. `on_tier` keeps a request on one tier; `across_tiers` moves it to another tier
-while the caller has received nothing. `Routed` chooses the tiers.
+resumes at the next token. An answer of text alone has no ids: once a part of it was forwarded, it ends when
+its batcher is lost. `on_tier` keeps a request on one tier; `across_tiers` moves it to another tier while the
+caller has received nothing. `Routed` chooses the tiers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MAX_LOSSES = 2  # an answer that lost more batchers than this may be the cause
 # Errors about the batcher and not about the request: another batcher may succeed. WORKER_LOST is not among
 # them: the batcher has tried its workers, and a request that kills each of its workers must end.
 _BATCHER_GONE = (errors.Unavailable, errors.BatcherLost, errors.Draining, errors.NotReady)
-_TIER_BUSY = (errors.NoWorkers, errors.WorkerDraining, errors.Overloaded)
+_TIER_BUSY = (errors.NoWorkers, errors.WorkerDraining, errors.Overloaded, errors.UpstreamLost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ async def on_tier(
 
     Before the first event, every batcher of the tier is tried once. Raises NoWorkers or Overloaded if none
     accepts the request, InvalidRequest if they lack a feature, BatcherLost if an answer could not be resumed,
-    and the batchers' errors about the request.
+    UpstreamLost if one of text alone broke off, and the batchers' errors about the request.
     """
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
@@ -238,7 +239,10 @@ def _record_loss(
     if type(error) not in _BATCHER_GONE:
         raise error
     batcher.mark_suspect()
-    answer.lose(error if type(error) is not errors.Unavailable else errors.BatcherLost(error.message))
+    lost = error if type(error) is not errors.Unavailable else errors.BatcherLost(error.message)
+    if not answer.resumable:
+        raise answer.broken_off(lost) from error
+    answer.lose(lost)
     if answer.losses > MAX_LOSSES or answer.fruitless > MAX_FRUITLESS:
         raise errors.BatcherLost(
             f"tier {tier.name!r} lost {answer.attempts} batchers with this answer; the last: {error}"

@@ -18,6 +18,7 @@ from typing import Protocol
 from headrace import errors
 from headrace.progress import route_change
 from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, clear_details, on_tier
+from headrace.router.answering.used_tokens import UsedTokens
 from headrace.router.optional import optional
 from headrace.router.state.peer_reports import total
 from headrace.router.state.tiers import Tier
@@ -39,7 +40,7 @@ class Draft:
     held       its events so far
     reasoning  what the model thought before its text
     calls      of tools, by index: the parts of the arguments
-    prompt_tokens, tokens   of the prompt, and generated
+    used       its tokens
     logprobs   one per token, if the engine reports them
     finish     its last event; None before it
     samples    other answers of the same tier to compare it with
@@ -53,8 +54,7 @@ class Draft:
     text: str = ""
     reasoning: str = ""
     calls: dict[int, list[str]] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    tokens: int = 0
+    used: UsedTokens = field(default_factory=UsedTokens)
     logprobs: list[float] = field(default_factory=list)
     finish: pb.Finish | None = None
     samples: Sequence[str] = ()
@@ -67,17 +67,23 @@ class Draft:
         event = response.WhichOneof("event")
         if event == "accepted":
             self.tier = response.accepted.tier
-            self.prompt_tokens = response.accepted.prompt_tokens
+            self.used.accept(response.accepted)
         elif event == "delta":
             delta = response.delta
             self.text += delta.text
             self.reasoning += delta.reasoning
-            self.tokens += delta.token_count
+            self.used.completion += delta.token_count
             self.logprobs.extend(delta.logprobs)
             for part in delta.tool_calls:
                 self.calls.setdefault(part.index, []).append(part.arguments)
         elif event == "finish":
             self.finish = response.finish
+            self.used.finish(response.finish.usage)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were generated."""
+        return self.used.completion
 
     @property
     def has_form(self) -> bool:
@@ -87,7 +93,7 @@ class Draft:
     @property
     def cached_tokens(self) -> int:
         """Cached tokens of its prompt; 0 while unknown."""
-        return min(self.finish.usage.cached_tokens, self.prompt_tokens) if self.finish is not None else 0
+        return min(self.finish.usage.cached_tokens, self.used.prompt) if self.finish is not None else 0
 
     @property
     def complete(self) -> bool:

@@ -86,13 +86,16 @@ class ForwardedAnswer(Progress):
         if event == "delta":
             if self._ending is not None:
                 raise errors.BatcherLost("the batcher sent a delta after the end of the answer's text")
-            replies.check_delta(response.delta, len(self.ids), self._max_tokens)
-            if self._top is not None:
-                replies.check_tokens(response.delta, self._top)
+            if self.text_only:
+                replies.check_text(response.delta, self.tokens, self._top)
+            else:
+                replies.check_delta(response.delta, len(self.ids), self._max_tokens)
+                if self._top is not None:
+                    replies.check_tokens(response.delta, self._top)
             if response.delta.tool_calls:
                 self._check_calls(response.delta)
             if response.delta.token_count:
-                if not self.ids:  # in every attempt until a token is delivered
+                if not self.tokens:  # in every attempt until a token is delivered
                     self._check_prompt()
                 self._last_token = time.monotonic()
                 self._first_token = self._first_token or self._last_token
@@ -106,7 +109,7 @@ class ForwardedAnswer(Progress):
             return (response,) if self._reports_changes else ()
         if event == "finish":
             self._check_prompt()
-            replies.check_finish(response.finish, len(self.ids))
+            replies.check_finish(response.finish, self.tokens, estimated=self.text_only)
             self._complete(response.finish)
             return self.finish(response)
         if event == "prompt_tokens":
@@ -151,7 +154,8 @@ class ForwardedAnswer(Progress):
         if not self._asked.chat.tools:
             raise errors.BatcherLost("the batcher sent a call of a tool, and the request has no tools")
         begun = replies.check_calls(delta, self._calls)
-        if delta.token_count:  # or else the next attempt repeats them, if the `finish` is lost
+        # Others are repeated by the next attempt if the `finish` is lost.
+        if delta.token_count or self.text_only:
             self._calls = begun
 
     def _check_prompt(self) -> None:

@@ -23,6 +23,7 @@ from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade, is_structured
 from headrace.router.answering.prompts import digest_of, text_of
+from headrace.router.answering.used_tokens import UsedTokens
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Answered, Beginning, Watchers
 from headrace.router.chooser import Chooser
@@ -94,7 +95,7 @@ class Journey:
         self._decision: Decision | None = None
         self._tier = ""  # where the request is now
         self._accepted: pb.Accepted | None = None
-        self._delivered = 0  # tokens
+        self._used = UsedTokens()  # of what is delivered
         self._billed = False
 
     @property
@@ -248,7 +249,7 @@ class Journey:
             add = self.bill.add_sample if draft.is_sample else self.bill.add_draft
             add(
                 draft.tier,
-                prompt_tokens=draft.prompt_tokens,
+                prompt_tokens=draft.used.prompt_of(self.outgoing.request),
                 tokens=draft.tokens,
                 cached_tokens=draft.cached_tokens,
             )
@@ -264,7 +265,7 @@ class Journey:
         event = response.WhichOneof("event")
         if event == "delta":
             delta = response.delta
-            self._delivered += delta.token_count
+            self._used.completion += delta.token_count
             if delta.token_count:
                 self._timing.add(delta.token_count, time.monotonic())
             if self._watched is not None:
@@ -281,6 +282,7 @@ class Journey:
             accepted.score = self._facts.score
         accepted.answer_id = uuid.uuid4().hex
         self._accepted = accepted
+        self._used.accept(accepted)
         # If a rejected draft is released, its tier is not the one that was chosen last.
         self._tier = accepted.tier or self._tier
         with optional("conversations"):
@@ -304,18 +306,19 @@ class Journey:
         """Bill the answer; the bill of all tiers replaces the bill of a router behind this one."""
         usage = finish.usage
         self.finish = finish_name(finish.reason)
+        self._used.finish(usage)
         with optional("bill"):
             # The waste of discarded drafts is billed to their own tiers.
             discarded = sum(charge.wasted_tokens for _, charge in self.bill.charges)
             wasted = max(usage.wasted_tokens - discarded, 0)
-            self._bill_answer(usage.prompt_tokens, wasted, usage.cached_tokens)
-            if repeated := replies.repeated_prompt_tokens(finish):
+            prompt = self._bill_answer(wasted, usage.cached_tokens)
+            if repeated := replies.repeated_prompt_tokens(finish, prompt):
                 self.bill.add_sample(self._tier, prompt_tokens=repeated, tokens=0)
         finish.ClearField("bill")
         with optional("bill"):
             finish.bill.CopyFrom(bill_message(self.bill))
         with optional("pace"):
-            self._chooser.record_speed(self._tier, finish, self._delivered, time.monotonic())
+            self._chooser.record_speed(self._tier, finish, self._used.completion, time.monotonic())
         if self._decision is not None:
             with optional("usage"):
                 self._chooser.record_usage(self._facts, self._decision, self._tier, usage)
@@ -324,17 +327,20 @@ class Journey:
         """Bill what was delivered of an answer that did not finish."""
         if self._accepted is not None and not self._billed:
             with optional("bill"):
-                self._bill_answer(self._accepted.prompt_tokens)
+                self._bill_answer()
 
-    def _bill_answer(self, prompt_tokens: int, wasted_tokens: int = 0, cached_tokens: int = 0) -> None:
+    def _bill_answer(self, wasted_tokens: int = 0, cached_tokens: int = 0) -> int:
+        """Bill what was delivered. Returns the tokens of the prompt."""
         self._billed = True
+        prompt = self._used.prompt_of(self.outgoing.request)
         self.bill.add_answer(
             self._tier,
-            prompt_tokens=prompt_tokens,
-            tokens=self._delivered,
+            prompt_tokens=prompt,
+            tokens=self._used.completion,
             wasted_tokens=wasted_tokens,
             cached_tokens=cached_tokens,
         )
+        return prompt
 
 
 def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:

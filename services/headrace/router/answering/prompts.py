@@ -1,4 +1,4 @@
-"""Read the prompt of a request: the turns to score, and the text that a draft answers."""
+"""Read the prompt of a request: the turns to score, the text that a draft answers, and its size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from headrace.routing.scoring.conversation import Turn, window
 from headrace.v1 import generation_pb2 as pb
+
+TOKEN_CHARACTERS = 4  # of a prompt, per token, as is usual for English
+MESSAGE_TOKENS = 8  # of the chat template, per message
 
 _ROLES = {"developer": "system"}  # other roles have the same name in a conversation
 
@@ -46,3 +49,18 @@ def text_of(request: pb.GenerateRequest) -> str:
                 return messages[place].content
         return messages[-1].content
     return request.prompt
+
+
+def estimated_tokens(request: pb.GenerateRequest) -> float:
+    """Return how many tokens a prompt probably has, with those of an answer that the request resumes."""
+    if request.HasField("chat"):
+        messages = request.chat.messages
+        characters = sum(tool.ByteSize() for tool in request.chat.tools)
+        for message in messages:
+            characters += len(message.content) + sum(call.ByteSize() for call in message.tool_calls)
+        prompt = characters / TOKEN_CHARACTERS + MESSAGE_TOKENS * len(messages)
+    elif request.HasField("token_ids"):
+        prompt = float(len(request.token_ids.ids))
+    else:
+        prompt = len(request.prompt) / TOKEN_CHARACTERS
+    return prompt + len(request.resume.token_ids)

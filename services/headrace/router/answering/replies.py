@@ -50,10 +50,30 @@ def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
         raise errors.BatcherLost(
             f"the batcher sent {len(delta.logprobs)} log-probabilities for {count} tokens"
         )
-    if delta.logprobs and not (-math.inf < sum(delta.logprobs) and max(delta.logprobs) <= _MOST_LOGPROB):
-        raise errors.BatcherLost(_BAD_LOGPROB)
+    _check_logprobs(delta.logprobs)
     if count and had + count > max_tokens:
         raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
+
+
+def check_text(delta: pb.Delta, had: int, most: int | None) -> None:
+    """Raise BatcherLost if the delta of an answer of text alone is implausible.
+
+    had    tokens of the answer before it, as estimated
+    most   most likely tokens at each place; None if they were not requested
+
+    The tokens are estimates: they may exceed `max_tokens`, and need not be as many as those with
+    log-probabilities, which the service outside reports or leaves out.
+    """
+    _check_logprobs(delta.logprobs)
+    if had + delta.token_count > MAX_TOKENS:
+        raise errors.BatcherLost(f"the batcher sent a text of {had + delta.token_count} tokens")
+    if most is not None:
+        _check_details(delta.tokens, most)
+
+
+def _check_logprobs(logprobs: Sequence[float]) -> None:
+    if logprobs and not (-math.inf < sum(logprobs) and max(logprobs) <= _MOST_LOGPROB):
+        raise errors.BatcherLost(_BAD_LOGPROB)
 
 
 def check_calls(delta: pb.Delta, begun: int | None) -> int | None:
@@ -141,17 +161,19 @@ def check_change(change: pb.RouteChange, within: str) -> None:
         setattr(change, "from", f"{within}/{places[0]}")  # a keyword of Python's
 
 
-def check_finish(finish: pb.Finish, tokens: int) -> None:
+def check_finish(finish: pb.Finish, tokens: int, *, estimated: bool = False) -> None:
     """Limit the numbers of `finish` to plausible values. Raises BatcherLost if its reason is not final.
 
-    tokens   of the answer, as counted by the router
+    tokens      of the answer, as counted by the router
+    estimated   whether they are an estimate, which counts only if the batcher reports no number
     """
     if finish.reason in _NOT_FINAL:
         raise errors.BatcherLost(f"the batcher ended the answer with {pb.FinishReason.Name(finish.reason)}")
     if len(finish.stop_sequence) > MAX_STOP_CHARACTERS:
         finish.ClearField("stop_sequence")
     usage, timing = finish.usage, finish.timing
-    usage.completion_tokens = tokens
+    reported = min(usage.completion_tokens, MAX_TOKENS) if estimated else 0
+    usage.completion_tokens = reported or tokens
     usage.prompt_tokens = min(usage.prompt_tokens, MAX_TOKENS)
     usage.cached_tokens = min(usage.cached_tokens, usage.prompt_tokens)
     usage.wasted_tokens = min(usage.wasted_tokens, MAX_TOKENS)
@@ -161,9 +183,12 @@ def check_finish(finish: pb.Finish, tokens: int) -> None:
             timing.ClearField(field.name)  # type: ignore[arg-type] # a name of its own descriptor
 
 
-def repeated_prompt_tokens(finish: pb.Finish) -> int:
-    """Return the prompt tokens that a router behind this one processed again, for its drafts and samples."""
+def repeated_prompt_tokens(finish: pb.Finish, prompt_tokens: int) -> int:
+    """Return the prompt tokens that a router behind this one processed again, for its drafts and samples.
+
+    prompt_tokens   of the answer, as billed here
+    """
     if not finish.HasField("bill"):
         return 0
     processed = sum(charge.prompt_tokens for charge in finish.bill.charges)
-    return max(min(processed, MAX_TOKENS) - finish.usage.prompt_tokens, 0)
+    return max(min(processed, MAX_TOKENS) - prompt_tokens, 0)

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 
 from headrace import errors
 from headrace.metrics import catalogue
+from headrace.router.answering.prompts import estimated_tokens
 from headrace.router.optional import optional
 from headrace.router.permissions import lower_priority, tenant_of
 from headrace.router.quotas.accounts import Account, Accounts, Calendar
@@ -31,8 +32,6 @@ from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-TOKEN_CHARACTERS = 4  # of a prompt, per token, as is usual for English
-MESSAGE_TOKENS = 8  # of the chat template, per message
 ANSWER_TOKENS = 256  # of an answer without max_tokens
 LEAST_COST = 1e-9  # so that a request without a price still needs a budget that is not spent
 
@@ -157,17 +156,7 @@ class Quotas:
         need = Amounts(1.0, streams=1)
         if limits.tokens_per_minute == math.inf == limits.cost_per_day:
             return need
-        if request.HasField("chat"):
-            messages = request.chat.messages
-            characters = sum(tool.ByteSize() for tool in request.chat.tools)
-            for message in messages:
-                characters += len(message.content) + sum(call.ByteSize() for call in message.tool_calls)
-            prompt = characters / TOKEN_CHARACTERS + MESSAGE_TOKENS * len(messages)
-        elif request.HasField("token_ids"):
-            prompt = float(len(request.token_ids.ids))
-        else:
-            prompt = len(request.prompt) / TOKEN_CHARACTERS
-        prompt += len(request.resume.token_ids)
+        prompt = estimated_tokens(request)
         sampling = request.sampling
         answer = sampling.max_tokens if sampling.HasField("max_tokens") else ANSWER_TOKENS
         answer = min(answer, self._most_tokens() or answer)

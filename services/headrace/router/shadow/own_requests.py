@@ -16,6 +16,7 @@ from headrace.deadline import Deadline
 from headrace.metrics import changes
 from headrace.metrics.requests import finish_name
 from headrace.router.answering.attempts import Outgoing, clear_details, on_tier
+from headrace.router.answering.used_tokens import UsedTokens
 from headrace.router.changes.answered import Beginning
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
@@ -59,8 +60,7 @@ class OwnRequests:
         """
         own = self.new_bill()
         text = Beginning()
-        prompt_tokens, tokens = 0, 0
-        usage = pb.Usage()
+        used, usage = UsedTokens(), pb.Usage()
         finish = ""
         deadline = Deadline.after(self._seconds, time.monotonic())
         outgoing = Outgoing(request, deadline, failover_seconds=0.0)
@@ -69,19 +69,20 @@ class OwnRequests:
                 async for response in responses:
                     event = response.WhichOneof("event")
                     if event == "accepted":
-                        prompt_tokens = response.accepted.prompt_tokens
+                        used.accept(response.accepted)
                     elif event == "delta":
-                        tokens += response.delta.token_count
+                        used.completion += response.delta.token_count
                         text.add(response.delta.text)
                     elif event == "finish":
                         usage, finish = response.finish.usage, finish_name(response.finish.reason)
+                        used.finish(usage)
         finally:
             with optional("bill"):
                 if own.charges:
                     own.add_answer(
                         tier,
-                        prompt_tokens=usage.prompt_tokens or prompt_tokens,
-                        tokens=tokens,
+                        prompt_tokens=used.prompt_of(request),
+                        tokens=used.completion,
                         wasted_tokens=usage.wasted_tokens,
                         cached_tokens=usage.cached_tokens,
                     )

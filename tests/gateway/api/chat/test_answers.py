@@ -169,6 +169,55 @@ async def test_tokens_are_named_by_their_ids_as_in_vllm(plain: Edge) -> None:
     assert content[0]["top_logprobs"][1]["token"] == "token_id:0"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reports", [True, False])
+async def test_a_text_alone_has_null_for_ids_and_texts_for_tokens(
+    plain: Edge, stream: bool, reports: bool
+) -> None:
+    """The service that computes it may report log-probabilities, and never ids."""
+    plain.router.text_only = True
+    if not reports:
+        plain.router.deltas = [pb.Delta(token_count=1, text=TEXT)]
+    asked = {"logprobs": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    response = await plain.chat(stream=stream, **asked)
+
+    if stream:
+        choices = [chunk["choices"][0] for chunk in chunks_of(response.text)]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == TEXT
+    else:
+        choices = response.json()["choices"]
+        assert response.json()["usage"]["prompt_tokens"] == 7, "as its service reports at the end"
+    assert {"token_ids": None}.items() <= choices[-2 if stream else -1].items()
+    details = [choice["logprobs"] for choice in choices if choice.get("logprobs") is not None]
+    tokens = [token["token"] for detail in details for token in detail["content"]]
+    assert tokens == (["Hello", " ", "bytes:\\xf0\\x9f", "bytes:\\x9a\\x80", "\n"] if reports else [])
+    assert bool(details) == reports
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_loss_of_a_text_alone_is_an_error_of_a_gateway(plain: Edge, stream: bool) -> None:
+    plain.router.text_only, plain.router.breaks = True, errors.UpstreamLost("it broke off")
+    response = await plain.chat(stream=stream)
+
+    assert response.status_code == (200 if stream else 502)
+    last = response.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    error = json.loads(last)["error"]
+    assert (error["code"], error["message"]) == ("upstream_lost", "it broke off")
+    assert ('"Hello"' in response.text) == stream
+    assert len(plain.router.requests) == 1
+
+
+async def test_further_choices_of_a_text_alone_are_pinned_to_its_model(plain: Edge) -> None:
+    plain.router.text_only = True
+    response = await plain.chat(n=3)
+
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == [TEXT] * 3
+    assert response.json()["usage"]["prompt_tokens"] == 7
+    assert {(request.routing.tier, request.routing.model) for request in plain.router.requests[1:]} == {
+        ("small", "tiny")
+    }
+
+
 @pytest.mark.parametrize(
     ("reason", "expected"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -282,6 +283,29 @@ async def test_vllms_additions_are_in_the_choices(edge: TextEdge, stream: bool) 
     assert ids == [100, 101, 102, 103, 104]
     assert tokens == [f"token_id:{id}" for id in ids]
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", "END")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reports", [True, False])
+async def test_a_text_alone_has_null_for_ids_and_texts_for_tokens(
+    edge: TextEdge, stream: bool, reports: bool
+) -> None:
+    edge.router.text_only = True
+    if not reports:
+        edge.router.deltas = [pb.Delta(token_count=1, text=TEXT)]
+    asked = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    body = {"model": "auto", "prompt": "Hi", "logprobs": 0, "stream": stream, **asked}
+    response = await edge.http.post("/v1/completions", json=body)
+
+    if stream:
+        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n")]
+        choices = [json.loads(line)["choices"][0] for line in lines if line.startswith("{")]
+    else:
+        choices = response.json()["choices"]
+    assert choices[0]["token_ids"] is None
+    details = [choice["logprobs"] for choice in choices if choice["logprobs"] is not None]
+    assert [token for detail in details for token in detail["tokens"]][:2] == ["Hello", " "][: 2 * reports]
+    assert "".join(choice["text"] for choice in choices) == TEXT
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class MeshBackend:
                     elif response.HasField("accepted"):
                         accepted = response.accepted
                         record.tier, record.model = accepted.tier, accepted.model
-                        record.input_tokens = accepted.prompt_tokens
+                        record.input_tokens = accepted.prompt_tokens or None
                     elif response.HasField("route_change"):
                         record.moves.append(response.route_change.reason)
                     elif response.HasField("finish"):

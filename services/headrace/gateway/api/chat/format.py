@@ -20,6 +20,9 @@ class ChatFormat:
     What a model thinks is `reasoning`, as in vLLM, and also `reasoning_content`, as in DeepSeek's API and
     earlier in vLLM: clients read one or the other.
 
+    An answer of text alone has null as `token_ids`, which vLLM's API allows, and as `logprobs` where the
+    service that computes it reports none.
+
     chat   the conversation
     """
 
@@ -39,6 +42,7 @@ class ChatFormat:
         self._opens: dict[int, bytes] = {}  # of a chunk, up to its `delta`, by choice
         self._starts: dict[int, bytes] = {}  # up to the text; empty until thoughts and details cannot come
         self._called: set[int] = set()  # choices with a call
+        self._text_only: set[int] = set()  # choices without ids
         self._detailed = self._logprobs or self._token_ids
         self._tail = b',"usage":null}' if parameters.includes_usage else b"}"
         self._end = b'},"logprobs":null,"finish_reason":null}]' + self._tail
@@ -58,6 +62,8 @@ class ChatFormat:
         """Return the chunk with the role."""
         if not self._head:
             self._head = head(self._id, "chat.completion.chunk", self._created, accepted)
+        if accepted.text_only:
+            self._text_only.add(index)
         start = json_bytes(self._head)[:-1] + b',"choices":[{"index":%d,"delta":{' % index
         self._opens[index], self._starts[index] = start, b""
         # An answer that consists of calls has no content.
@@ -103,18 +109,19 @@ class ChatFormat:
         choice: dict[str, object] = {
             "index": index,
             "message": message,
-            "logprobs": self._details(whole.tokens),
+            "logprobs": self._details(whole.tokens, ids=whole.ids is not None),
             **self._ending(finish, called=bool(whole.calls)),
         }
         if self._token_ids:
             choice["token_ids"] = whole.ids
         return choice
 
-    def _details(self, tokens: Sequence[pb.TokenLogprobs]) -> dict[str, object] | None:
-        if not self._logprobs:
+    def _details(self, tokens: Sequence[pb.TokenLogprobs], *, ids: bool) -> dict[str, object] | None:
+        """Return the log-probabilities, if there are any; *ids*: whether the tokens have ids."""
+        if not (self._logprobs and (tokens or ids)):
             return None
         return {
-            "content": [chat_token(token, as_id=self._tokens_as_ids) for token in tokens],
+            "content": [chat_token(token, as_id=self._tokens_as_ids and ids) for token in tokens],
             "refusal": None,
         }
 
@@ -128,9 +135,10 @@ class ChatFormat:
         bodies = [*self._bodies(index, delta)]
         more: dict[str, object] | None = None
         if self._detailed:
-            more = {"logprobs": self._details(delta.tokens), "finish_reason": None}
+            ids = index not in self._text_only
+            more = {"logprobs": self._details(delta.tokens, ids=ids), "finish_reason": None}
             if self._token_ids:
-                more["token_ids"] = list(delta.token_ids)
+                more["token_ids"] = list(delta.token_ids) if ids else None
             bodies = bodies or [b""]
         if not bodies:
             return None

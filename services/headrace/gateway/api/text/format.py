@@ -17,6 +17,8 @@ _KIND = "text_completion"
 class TextFormat:
     """Text completions. In a stream, an echoed prompt is the first chunk of each of its choices.
 
+    For an answer of text alone see `ChatFormat`.
+
     echoed   the text of each prompt, with which its choices begin; empty without echo
     """
 
@@ -33,6 +35,7 @@ class TextFormat:
         self._starts: dict[int, bytes] = {}  # of a chunk, up to its text, by choice
         self._details: dict[int, TextLogprobs] = {}  # by choice
         self._prompts: dict[int, list[pb.TokenLogprobs]] = {}  # by the first choice of the prompt
+        self._text_only: set[int] = set()  # choices without ids
         self._lengths: dict[int, int] = {}  # of the prompt in tokens, by choice
         self._tail = b',"usage":null}' if parameters.includes_usage else b"}"
         self._end = b',"logprobs":null,"finish_reason":null}]' + self._tail
@@ -55,7 +58,9 @@ class TextFormat:
         own = head(self._id, _KIND, self._created, accepted)
         self._head = self._head or own
         self._starts[index] = json_bytes(own)[:-1] + b',"choices":[{"index":%d,"text":' % index
-        self._details[index] = TextLogprobs(as_ids=self._tokens_as_ids)
+        if accepted.text_only:
+            self._text_only.add(index)
+        self._details[index] = TextLogprobs(as_ids=self._tokens_as_ids and not accepted.text_only)
         self._lengths[index] = accepted.prompt_tokens
         if not self._echoed:
             return None
@@ -75,12 +80,14 @@ class TextFormat:
         text = delta.text
         if not (self._logprobs or self._token_ids):
             return self._starts[index] + json_text(text) + self._end if text else None
+        ids = index not in self._text_only
+        described = self._logprobs and (ids or delta.tokens)
         more: dict[str, object] = {
-            "logprobs": self._taken(index, delta.tokens) if self._logprobs else None,
+            "logprobs": self._taken(index, delta.tokens) if described else None,
             "finish_reason": None,
         }
         if self._token_ids:
-            more["token_ids"] = list(delta.token_ids)
+            more["token_ids"] = list(delta.token_ids) if ids else None
         return self._chunk(index, text, more)
 
     def finish(self, index: int, finish: pb.Finish, headrace: Mapping[str, object] | None) -> bytes:
@@ -100,8 +107,9 @@ class TextFormat:
             "logprobs": None,
             **ending(finish),
         }
-        if self._logprobs:
-            details = TextLogprobs(as_ids=self._tokens_as_ids)
+        ids = whole.ids is not None
+        if self._logprobs and (ids or whole.tokens):
+            details = TextLogprobs(as_ids=self._tokens_as_ids and ids)
             details.add(prompt)
             details.move(len(self._echo(index)))
             details.add(whole.tokens)

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="where to write; by default in the cache")
     parser.add_argument("--cache", type=Path, default=None, help="the folder for fetched models")
     given = parser.parse_args(arguments)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         folder = unpack(
             given.model,

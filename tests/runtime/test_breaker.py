@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.batcher.links.breaker import BreakerState, CircuitBreaker
+from headrace.runtime.breaker import BreakerState, CircuitBreaker
 
 
 def opened(now: float = 0.0) -> CircuitBreaker:

@@ -1,9 +1,10 @@
-"""Stop sending work to a worker that keeps failing: a circuit breaker (Nygard, Release It!, 2007).
+"""Stop sending work to a peer that keeps failing: a circuit breaker (Nygard, Release It!, 2007).
 
-The breaker is closed until *threshold* faults of the worker occur without a success in between. Then it is
-open for a pause, which doubles each time. Then it is half open: one probe decides. A fault counts only if it
-affects a request that no earlier fault affected, because repeated faults of one request may be caused by the
-request. Plain data: the caller passes the current time.
+The peer is a worker of a batcher, or a URL of an upstream. The breaker is closed until *threshold* faults of
+the peer occur without a success in between. Then it is open for a pause, which doubles each time. Then it is
+half open: one probe decides. A fault counts only if it affects a request that no earlier fault affected,
+because repeated faults of one request may be caused by the request. Plain data: the caller passes the current
+time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class BreakerState(Enum):
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """The circuit breaker of one worker. Record only faults of the worker itself.
+    """The circuit breaker of one peer. Record only faults of the peer itself.
 
     threshold       consecutive faults that open it
     pause, longest  seconds that it stays open: at first, and at most
@@ -46,26 +47,26 @@ class CircuitBreaker:
             return BreakerState.CLOSED
         return BreakerState.OPEN if now < self._opened + self._pause() else BreakerState.HALF_OPEN
 
-    def allowed(self, now: float, sequences: int) -> int:
-        """Return how many of *sequences* may be sent to the worker: all, none, or one probe."""
+    def allowed(self, now: float, count: int = 1) -> int:
+        """Return how many of *count* requests may be sent to the peer: all, none, or one probe."""
         state = self.state(now)
         if state is BreakerState.CLOSED:
-            return sequences
-        return 0 if state is BreakerState.OPEN or self._probing else min(sequences, 1)
+            return count
+        return 0 if state is BreakerState.OPEN or self._probing else min(count, 1)
 
     def sent(self) -> None:
-        """Record that a sequence is sent to the worker: the probe, if one is due."""
+        """Record that a request is sent to the peer: the probe, if one is due."""
         self._probing = self._opened is not None
 
     def record_success(self) -> None:
-        """Record a sequence that completed. Closes the breaker."""
+        """Record a request that completed. Closes the breaker."""
         self._faults = self._openings = 0
         self._opened = None
         self._probing = False
         self._affected.clear()
 
     def record_fault(self, now: float, requests: Collection[Hashable] = ()) -> None:
-        """Record a fault of the worker, once per incident and not per affected sequence.
+        """Record a fault of the peer, once per incident and not per affected request.
 
         requests   the affected requests; the fault does not count if earlier faults affected all of them. If
                    it affected none, it counts
@@ -78,8 +79,7 @@ class CircuitBreaker:
             del self._affected[next(iter(self._affected))]
         self._faults += 1
         if self._opened is not None or self._faults >= self.threshold:
-            # Faults of sequences that were sent before it opened do not prolong the pause; that of a probe
-            # does.
+            # Faults of requests that were sent before it opened do not prolong the pause; a probe's does.
             if self._opened is None or self._probing:
                 self._openings += 1
                 self._opened = now

@@ -1,0 +1,1 @@
+"""HTTP to the upstream: its connections, the key, the events of a stream, and one request."""

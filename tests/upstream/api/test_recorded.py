@@ -1,0 +1,72 @@
+"""Answers that real servers sent are read completely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.v1 import generation_pb2 as pb
+from tests.upstream.api.answering import calls_of, read, text_of
+from tests.upstream.api.asking import WEATHER
+from tests.upstream.api.recorded.reading import events_of
+
+SERVERS = sorted(path.name for path in Path(__file__).parent.joinpath("recorded").iterdir() if path.is_dir())
+SERVERS = [name for name in SERVERS if not name.startswith("_")]
+# The name of the recording, and the fields of the request that asked for it.
+STREAMS: list[tuple[str, dict[str, Any]]] = [
+    ("chat", {"sampling": {"max_tokens": 8}}),
+    ("logprobs", {"sampling": {"max_tokens": 3, "top_logprobs": 2, "logprobs": True}}),
+    ("multi", {"sampling": {"max_tokens": 16}}),
+    ("continue", {"sampling": {"max_tokens": 6}}),
+    ("text", {"prompt": "One", "sampling": {"max_tokens": 5}}),
+    ("text_logprobs", {"prompt": "One", "sampling": {"max_tokens": 3, "top_logprobs": 2}}),
+    ("whole", {"sampling": {"max_tokens": 8}}),
+    ("whole_text", {"prompt": "One", "sampling": {"max_tokens": 3, "top_logprobs": 1}}),
+]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize(
+    ("name", "fields"), STREAMS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_an_answer_up_to_its_limit(server: str, name: str, fields: dict[str, Any]) -> None:
+    reading, deltas, finish = read(events_of(f"{server}/{name}"), "vllm", **fields)
+
+    most = fields["sampling"]["max_tokens"]
+    assert text_of(deltas)
+    assert finish.reason == pb.FINISH_REASON_LENGTH
+    assert reading.usage_known
+    assert finish.usage.completion_tokens == most
+    assert finish.usage.prompt_tokens > 0
+    assert 0 < reading.tokens <= most
+    if "logprobs" in name:
+        assert reading.tokens == most
+        assert b"".join(token.token.text for delta in deltas for token in delta.tokens).decode() == text_of(
+            deltas
+        )
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_an_answer_up_to_a_stop_text(server: str) -> None:
+    _, deltas, finish = read(events_of(f"{server}/stop_text"), "vllm", sampling={"stop": ["e"]})
+
+    assert "e" not in text_of(deltas)
+    if server == "llama_cpp":  # which does not name it
+        assert finish.reason == pb.FINISH_REASON_STOP
+    else:
+        assert (finish.reason, finish.stop_sequence) == (pb.FINISH_REASON_STOP_SEQUENCE, "e")
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("name", ["call", "named_call"])
+def test_an_answer_that_calls_a_tool(server: str, name: str) -> None:
+    _, deltas, finish = read(events_of(f"{server}/{name}"), "vllm", chat={"tools": [WEATHER]})
+
+    ((id, tool, arguments),) = calls_of(deltas)
+    assert id
+    assert tool == "get_weather"
+    assert json.loads(arguments).keys() == {"city"}
+    assert finish.reason == pb.FINISH_REASON_STOP
