@@ -255,7 +255,14 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     )
     stages = [
         [
-            process("worker", f"worker-{tier.name}", port, *engine(tier, *spec.echo_flags), *compute, tier=tier.name)
+            process(
+                "worker",
+                f"worker-{tier.name}",
+                port,
+                *engine(tier, *spec.echo_flags),
+                *compute,
+                tier=tier.name,
+            )
             for tier, port in zip(spec.tiers, workers, strict=True)
         ],
         [
