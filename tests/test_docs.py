@@ -83,6 +83,7 @@ OTHER_FLAGS = {
 }
 # In capitals, besides reasons, statuses and variables.
 OTHER_NAMES = {
+    "STOP_SEQUENCE",
     "BEST_EFFORT",
     "CACHED_PROMPT",
     "OPENAI_API_KEY",

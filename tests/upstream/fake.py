@@ -81,6 +81,19 @@ class Exchange:
         """Wait until the test releases stalled responses."""
         await self.released.wait()
 
+    async def released_or_gone(self) -> None:
+        """Wait until the test releases stalled responses, or the client has closed the connection."""
+        waits = [asyncio.create_task(self.released.wait()), asyncio.create_task(self.until_gone())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.wait(waits)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has closed the connection, as far as is known."""
+        return self._writer.transport.is_closing()
+
     async def until_gone(self) -> None:
         """Wait until the client has closed the connection."""
         with suppress(ConnectionError):

@@ -26,7 +26,7 @@ MAX_WAIT_SECONDS = 3600.0
 _QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 _KEY = frozenset({"invalid_api_key", "API_KEY_INVALID", "authentication_error", "missing_api_key"})
 _MODEL = frozenset({"model_not_found", "NotFoundError"})
-_TOO_LONG = frozenset({"context_length_exceeded", "exceed_context_size_error", "string_above_max_length"})
+_TOO_LONG = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _CONTEXT = re.compile(r"context.?(length|size|window)|maximum.{0,20}(input )?tokens|too many tokens", re.I)
 _MISSING = frozenset(
     {"unsupported_parameter", "unsupported_value", "unknown_parameter", "not_supported_error"}

@@ -6,6 +6,7 @@ A failure of the transport becomes `Broken`. What the responses mean is decided 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -119,7 +120,7 @@ class Http:
             response = await self._session.request(
                 method,
                 f"{url}/{path}",
-                data=body,
+                data=None if body is None else io.BytesIO(body),  # sent in parts: it may be megabytes
                 headers=sent,
                 # A redirect would send the key to another server, and a POST as a GET.
                 allow_redirects=False,
