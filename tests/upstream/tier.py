@@ -11,7 +11,7 @@ from headrace.client import Client, connect
 from headrace.upstream.__main__ import RunningUpstream, upstream
 from headrace.upstream.settings import Settings
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import Answer, collect, eventually
+from tests.harness import PATIENCE, Answer, collect, eventually
 from tests.upstream.fake import MODEL, Fake
 
 # Far beyond what any test needs, or quick where a test waits for it.
@@ -63,16 +63,8 @@ def ask(text: str = "Hello?", **sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(chat=chat, sampling=pb.Sampling(**sampling))
 
 
-class _Direct:
-    def __init__(self, client):
-        self.client = client
-
-    def generate(self, request, timeout):
-        return self.client.attempt(request, timeout=timeout)
-
-
 async def answer_of(
-    tier: UpstreamTier, request: pb.GenerateRequest, *, timeout: float | None = 60.0
+    tier: UpstreamTier, request: pb.GenerateRequest, *, timeout: float | None = PATIENCE
 ) -> Answer:
     """Return the whole answer to *request*."""
-    return await collect(_Direct(tier.client), request, timeout=timeout)
+    return await collect(tier.client, request, timeout=timeout)
