@@ -49,6 +49,7 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "worker": WorkerSettings,
     "upstream": UpstreamSettings,
     "gateway": GatewaySettings,
+    "upstream": UpstreamSettings,
 }
 ADDRESS = "127.0.0.1:50051"
 GATEWAY = "http://127.0.0.1:8080"
@@ -262,7 +263,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 14
+    assert len(shown) == 16
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
