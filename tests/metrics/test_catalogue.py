@@ -26,7 +26,7 @@ SHARED = {
 
 
 # They name metrics of all services.
-NO_EMITTERS = {Path(module.__file__) for module in (catalogue, changes, upstream, rare)}
+NO_EMITTERS = {Path(str(module.__file__)) for module in (catalogue, changes, upstream, rare)}
 
 
 def used_in(places: list[Path]) -> set[str]:
