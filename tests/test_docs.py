@@ -29,6 +29,7 @@ from headrace.router.quotas.limits import Rules
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.security import callers_file
 from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
+from headrace.upstream.settings import Settings as UpstreamSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.harness import PATIENCE
@@ -46,7 +47,9 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "router": RouterSettings,
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
+    "upstream": UpstreamSettings,
     "gateway": GatewaySettings,
+    "upstream": UpstreamSettings,
 }
 ADDRESS = "127.0.0.1:50051"
 GATEWAY = "http://127.0.0.1:8080"

@@ -35,7 +35,7 @@ def compute(settings: Settings) -> None:
         raise LoadingError("set HEADRACE_ENGINE (or --engine) to vllm: only vLLM computes over several nodes")
     cache = Path(settings.cache) if settings.cache else cache_folder()
     folder = resolve(settings.model, cache)
-    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
+    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG), exact=settings.exact))
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
