@@ -49,7 +49,6 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "worker": WorkerSettings,
     "upstream": UpstreamSettings,
     "gateway": GatewaySettings,
-    "upstream": UpstreamSettings,
 }
 ADDRESS = "127.0.0.1:50051"
 GATEWAY = "http://127.0.0.1:8080"
@@ -111,6 +110,7 @@ OTHER_NAMES = {
     "BEST_EFFORT",
     "CACHED_PROMPT",
     "IPC_LOCK",
+    "NCCL_DEBUG",
     "OPENAI_API_KEY",
     "PIP_ARGS",
     "PYTHON_IMAGE",
