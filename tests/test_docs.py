@@ -111,6 +111,7 @@ OTHER_NAMES = {
     "CACHED_PROMPT",
     "IPC_LOCK",
     "NCCL_DEBUG",
+    "OMP_NUM_THREADS",
     "OPENAI_API_KEY",
     "PIP_ARGS",
     "PYTHON_IMAGE",
