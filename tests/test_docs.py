@@ -29,6 +29,7 @@ from headrace.router.quotas.limits import Rules
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.security import callers_file
 from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
+from headrace.upstream.settings import Settings as UpstreamSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.harness import PATIENCE
@@ -47,6 +48,7 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
     "gateway": GatewaySettings,
+    "upstream": UpstreamSettings,
 }
 ADDRESS = "127.0.0.1:50051"
 GATEWAY = "http://127.0.0.1:8080"
@@ -260,7 +262,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 14
+    assert len(shown) == 16
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)

@@ -49,7 +49,7 @@ async def running_upstream(
     urls = ",".join(fake if isinstance(fake, str) else fake.url for fake in fakes)
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(
-            upstream(Settings(port=0, tier="large", url=urls, model=MODEL, **{**QUICK, **settings}))
+            upstream(Settings(port=0, url=urls, **{"tier": "large", "model": MODEL, **QUICK, **settings}))
         )
         client = await stack.enter_async_context(connect(f"127.0.0.1:{running.server.port}", retries=0))
         if ready:

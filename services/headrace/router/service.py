@@ -17,7 +17,8 @@ from headrace.flushing import chooses_flushing
 from headrace.metrics import catalogue
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
-from headrace.router.answering.journey import Journey, routing_request
+from headrace.router.answering.facts import routing_request
+from headrace.router.answering.journey import Journey
 from headrace.router.answering.pins import pin_token_ids
 from headrace.router.answering.prompts import turns_of
 from headrace.router.billing import bill_message

@@ -215,6 +215,9 @@ class Rejecting:
 
     def count_attempt(self, tier: str) -> None: ...
 
+    def drop_logprobs(self, error: errors.InvalidRequest) -> bool:
+        return False
+
     async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
         return False
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from headrace import errors
 from headrace.client import chat
 from headrace.router.answering.prompts import estimated_tokens
+from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect
 from tests.router.answering.test_text_only import USAGE, until_lost
 from tests.router.drafts import BAD, CASCADE, GOOD, QUESTION, SAMPLED, TextBatcher, charges, words_of
@@ -106,3 +110,43 @@ async def test_a_draft_in_a_form_needs_no_log_probabilities() -> None:
 
     assert (good.text, good.accepted.tier) == (small.text, "small")
     assert (replaced.text, replaced.accepted.tier) == (large.text, "large")
+
+
+@dataclass
+class Plain(TextBatcher):
+    """Rejects requests for log-probabilities, as services of some models do."""
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        if request.sampling.logprobs:
+            self.requests.append(request)
+            raise errors.InvalidSampling("it has none", field="sampling.logprobs", feature="logprobs")
+        async for response in super().Generate(request, context):
+            yield response
+
+
+async def test_the_tier_that_replaces_drafts_is_not_asked_for_log_probabilities() -> None:
+    small, large = TextBatcher(text=BAD), Plain(text_only=True, usage=USAGE)
+    async with routed(CASCADE, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert (answer.text, answer.accepted.tier) == (GOOD, "large")
+    assert [request.sampling.logprobs for request in (*small.requests, *large.requests)] == [True, False]
+
+
+async def test_a_tier_that_rejects_log_probabilities_drafts_without_them() -> None:
+    small, large = Plain(text_only=True, usage=USAGE), TextBatcher()
+    async with routed({**CASCADE, "cascade_min_quality": 0.3}, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert (answer.text, answer.accepted.tier) == (GOOD, "small")
+    assert [request.sampling.HasField("logprobs") for request in small.requests] == [True, False]
+    assert large.requests == []
+
+
+async def test_log_probabilities_that_the_caller_wants_come_from_a_tier_that_has_them() -> None:
+    small, large = Plain(text_only=True, usage=USAGE), TextBatcher()
+    async with routed(CASCADE, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION, logprobs=True))
+
+    assert answer.accepted.tier == "large"
+    assert len(answer.logprobs) == words_of(GOOD)

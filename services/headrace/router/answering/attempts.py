@@ -77,6 +77,10 @@ class Routed(Counted, Protocol):
         """
         ...
 
+    def drop_logprobs(self, error: errors.InvalidRequest) -> bool:
+        """Leave out log-probabilities that only the router wants, if *error* rejects them; return whether."""
+        ...
+
     async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
         """See `Tiers.wait_for_recovery`."""
         ...
@@ -125,6 +129,8 @@ async def across_tiers(
             raise  # another tier could lose its workers to the same request
         except (errors.Unavailable, errors.Overloaded, errors.InvalidRequest) as error:
             unfit = isinstance(error, errors.InvalidRequest)
+            if not accepted and isinstance(error, errors.InvalidRequest) and routed.drop_logprobs(error):
+                continue
             if accepted or request.resume.token_ids or (unfit and not _is_the_tiers(error)):
                 raise
             failed.append(tier.name)

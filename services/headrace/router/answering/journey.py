@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from opentelemetry import trace
 
-from headrace import attributes
+from headrace import attributes, errors
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.metrics import catalogue
@@ -22,6 +22,7 @@ from headrace.metrics.requests import Timing, finish_name
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade, is_structured
+from headrace.router.answering.facts import routing_request
 from headrace.router.answering.prompts import digest_of, text_of
 from headrace.router.answering.used_tokens import UsedTokens
 from headrace.router.billing import bill_message
@@ -32,12 +33,9 @@ from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
-from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring.conversation import Turn
-from headrace.routing.scoring.score import UNSCORED, Score
+from headrace.routing.scoring.score import Score
 from headrace.v1 import generation_pb2 as pb
-
-_NO_HINTS = Hints()
 
 _tracer = trace.get_tracer("headrace.router")
 
@@ -80,9 +78,10 @@ class Journey:
         self._may_draft = chooser.rules.allow(self._facts) and not request.sampling.HasField(
             "prompt_logprobs"
         )
-        self.outgoing = Outgoing(
-            _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops, flusher
-        )
+        # Only tiers whose answers may be drafts are asked for log-probabilities: a service outside of the mesh
+        # may have none.
+        self._checks_logprobs = self._may_draft and not self._shows_logprobs
+        self.outgoing = Outgoing(_outgoing(request), deadline, failover_seconds, hops, flusher)
         self.bill = bill
         self.finish = ""
         self._watchers = watchers
@@ -164,6 +163,11 @@ class Journey:
                 self._chooser.record_expected_cost(decision)
         self._decision = decision
         self._tier = decision.tier
+        if self._checks_logprobs:
+            sampling = self.outgoing.request.sampling
+            sampling.ClearField("logprobs")
+            if decision.escalations:
+                sampling.logprobs = True
         span = trace.get_current_span()
         if span.is_recording():
             span.set_attributes(
@@ -180,6 +184,14 @@ class Journey:
         """See `attempts.Routed`."""
         with optional("bill"):
             self.bill.add_attempt(tier)
+
+    def drop_logprobs(self, error: errors.InvalidRequest) -> bool:
+        """See `attempts.Routed`."""
+        rejected = self._checks_logprobs and error.field == "sampling.logprobs"
+        if rejected:
+            self._checks_logprobs = False
+            self.outgoing.request.sampling.ClearField("logprobs")
+        return rejected
 
     async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
         """See `attempts.Routed`."""
@@ -343,47 +355,13 @@ class Journey:
         return prompt
 
 
-def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:
-    """Return the request for batchers: with id and seed, and with *logprobs* if drafts may be checked."""
+def _outgoing(request: pb.GenerateRequest) -> pb.GenerateRequest:
+    """Return the request for batchers, with id and seed."""
     outgoing = pb.GenerateRequest()
     outgoing.CopyFrom(request)
     outgoing.request_id = request.request_id or str(uuid.uuid4())
     if not outgoing.sampling.HasField("seed"):
         outgoing.sampling.seed = secrets.randbits(64)
-    outgoing.sampling.logprobs = request.sampling.logprobs or logprobs
     if not outgoing.sampling.logprobs:
         outgoing.sampling.ClearField("logprobs")
     return outgoing
-
-
-def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:
-    """Return what the routing decisions read of a request; *arm* is the one that scored it."""
-    hints = request.routing
-    return RoutingRequest(
-        score=score.value,
-        scored=score is not UNSCORED,
-        continues=score.continues,
-        carried=score.carried,
-        estimates=score.estimates,
-        # It is computed in full each time: 0.3 ms for 200 kB.
-        prompt_bytes=request.ByteSize() if score.estimates else 0,
-        hints=_hints(hints) if request.HasField("routing") else _NO_HINTS,
-        tenant=hints.tenant,
-        session=hints.session_id,
-        max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
-        cascade=hints.cascade if hints.HasField("cascade") else None,
-        resumes=bool(request.resume.token_ids),
-        arm=arm,
-    )
-
-
-def _hints(hints: pb.Routing) -> Hints:
-    """Return the hints with the defaults of absent fields."""
-    return Hints(
-        tier=hints.tier,
-        model=hints.model,
-        min_tier=hints.min_tier,
-        max_tier=hints.max_tier,
-        quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
-        allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
-    )
