@@ -22,7 +22,8 @@ import psutil
 from benchmarks.machine import QUIET, Window, until_quiet
 from benchmarks.mesh.answers import ask, at_once
 from headrace.cli.calls.connection import Connection
-from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
+from headrace.cli.launch.mesh import HOST, MeshSpec, mesh
+from headrace.cli.launch.tiers import TierSpec
 from headrace.client import Client
 from headrace.runtime.security.callers_file import entry_for, new_token
 
@@ -213,6 +214,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | 
         log_dir=folder / system.name,
         tiers=[TierSpec(TIER)],
         fake=True,
+        echo_flags=_echo_flags(system),
         processes=1,
         tls=system.tls,
         gateway_port=0 if system.gateway else None,
@@ -227,6 +229,13 @@ def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | 
             "router": ["--auth-tokens", str(callers.file)] if callers is not None else [],
         },
     )
+
+
+def _echo_flags(system: System) -> Sequence[str]:
+    """Return the flags of a worker with an echo engine: older versions have another one."""
+    settings = system.checkout and system.checkout / "services" / "headrace" / "worker" / "settings.py"
+    older = settings is not None and "engine: Literal" not in settings.read_text()
+    return ("--fake",) if older else ("--engine", "echo")
 
 
 def _kind(name: str) -> str:

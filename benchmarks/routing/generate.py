@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks.routing.questions import Question
 from benchmarks.routing.templates import HELD_OUT
-from headrace.cli.launch.mesh import DEFAULT_TIERS, MeshSpec, mesh
+from headrace.cli.launch.mesh import MeshSpec, mesh
+from headrace.cli.launch.tiers import DEFAULT_TIERS
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
 from headrace.v1 import generation_pb2 as pb

@@ -1,6 +1,6 @@
 """Convert a default model to the formats of the peers: `python -m benchmarks.serving.convert --help`.
 
-bf16   a folder as transformers saves it, with tokenizer, from the dequantised gguf that Headrace loads
+bf16   a folder as `headrace unpack` writes it: the weights that Headrace loads, and the tokenizer
 w8a8   from such a folder, compressed-tensors as vLLM reads them: int8 weights with a scale per output
        channel, rounded to nearest; activations quantised dynamically, with a scale per token
 """
@@ -11,27 +11,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace import models
-from headrace.worker.engine.load.gguf.weights import dequantised
+from headrace.worker.engine.load.gguf.unpacking import unpack
 
 WEIGHTS = "model.safetensors"
-
-
-def to_bf16(model: str, target: Path) -> None:
-    """Write the model folder with bfloat16 weights and the tokenizer."""
-    cache = models.cache_folder()
-    path = models.resolve(model, cache)
-    folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
-    network.save_pretrained(target)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    tokenizer.save_pretrained(target)
 
 
 def to_w8a8(source: Path, target: Path) -> None:
@@ -79,7 +66,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="the folder to make")
     arguments = parser.parse_args()
     if arguments.format == "bf16":
-        to_bf16(arguments.source, arguments.target)
+        unpack(arguments.source, models.cache_folder(), print, arguments.target)
     else:
         to_w8a8(Path(arguments.source), arguments.target)
 

@@ -26,7 +26,8 @@ from benchmarks.serving.http import (
 from benchmarks.serving.peers import LLAMA_CPP
 from benchmarks.serving.systems import Opener, Place, System
 from benchmarks.serving.workload import Request
-from headrace.cli.launch.mesh import MeshSpec, TierSpec, free_ports, mesh
+from headrace.cli.launch.mesh import MeshSpec, free_ports, mesh
+from headrace.cli.launch.tiers import TierSpec
 from headrace.client import Client, connect
 from headrace.models import cache_folder
 from headrace.v1 import generation_pb2 as pb

@@ -410,6 +410,8 @@ def test_the_demo_answers_everything_and_shows_a_whole_trace(tmp_path: Path) -> 
     ):
         assert name in tree
     assert "first_token" in tree
+    for tier in ("small", "large"):
+        assert f"one request across all processes: {tier}, echo" in out.stdout
     assert "not arrived" not in out.stdout
 
 

@@ -17,6 +17,7 @@ from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.gateway.settings import Settings as GatewaySettings
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
+from headrace.upstream.settings import Settings as UpstreamSettings
 from headrace.worker.settings import Settings as WorkerSettings
 
 K8S = Path(__file__).parent.parent.parent / "k8s"
@@ -24,6 +25,7 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "gateway": GatewaySettings,
     "router": RouterSettings,
     "batcher": BatcherSettings,
+    "upstream": UpstreamSettings,
     "worker": WorkerSettings,
 }
 BASE = K8S / "base"
@@ -66,12 +68,15 @@ FILES = (
     SettingsFile(BASE / "mesh.env", ServiceSettings, only=OF_THE_MESH),
     SettingsFile(BASE / "gateway.env", GatewaySettings, without=WITH_THE_GATEWAY),
     SettingsFile(BASE / "router.env", RouterSettings, without=OF_THE_MESH),
-    SettingsFile(BASE / "tier" / "tier.env", WorkerSettings, only=OF_THE_TIER),
+    SettingsFile(BASE / "tier" / "tier.env", BatcherSettings, only=OF_THE_TIER),
     SettingsFile(
         BASE / "tier" / "batcher.env", BatcherSettings, without=OF_THE_MESH + OF_THE_TIER + FROM_THE_NAME
     ),
     SettingsFile(
         BASE / "tier" / "worker.env", WorkerSettings, without=OF_THE_MESH + OF_THE_TIER + FROM_THE_NAME
+    ),
+    SettingsFile(
+        BASE / "upstream" / "upstream.env", UpstreamSettings, without=OF_THE_MESH + FROM_THE_NAME
     ),
 )
 HEAD = "# docs/operating.md explains these settings. Those in comments have no default.\n"

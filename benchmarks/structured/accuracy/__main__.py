@@ -32,7 +32,8 @@ from benchmarks.structured.accuracy.tasks import (
     written_calls,
 )
 from headrace import models
-from headrace.cli.launch.mesh import MeshSpec, TierSpec, mesh
+from headrace.cli.launch.mesh import MeshSpec, mesh
+from headrace.cli.launch.tiers import TierSpec
 from headrace.client import Client, chat, connect, gather
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokens

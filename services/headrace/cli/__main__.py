@@ -12,7 +12,7 @@ from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
 from headrace.cli.commands.benching import bench
 from headrace.cli.commands.fitting import calibrate, check, train
 from headrace.cli.commands.replaying import replay
-from headrace.cli.commands.running import certs, demo, fetch, up
+from headrace.cli.commands.running import certs, demo, fetch, unpack, up
 from headrace.cli.commands.tokens import token
 from headrace.cli.complaints import complain
 
@@ -47,7 +47,7 @@ def options(
 
 
 for panel, commands in (
-    ("Run a mesh", (up, demo, fetch, certs)),
+    ("Run a mesh", (up, demo, fetch, unpack, certs)),
     ("Send requests to a mesh", (chat, explain, tiers, top, bench, feedback)),
     ("Fit the routing to your traffic", (calibrate, train, check, replay)),
 ):

@@ -15,8 +15,8 @@ from headrace import errors
 from headrace.bearer import BadToken
 from headrace.channel import proxy_variable, target_problem
 from headrace.cli.files.rows import BadRow
-from headrace.cli.launch.mesh import BadSpec
 from headrace.cli.launch.processes import ChildDied
+from headrace.cli.launch.tiers import BadSpec
 from headrace.models import ModelUnavailable
 from headrace.routing.artifact import BadArtifact
 from headrace.runtime.security.watched_file import BadFile

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from headrace.cli.answers import Answer
-from headrace.cli.demo.summary import Outcome, summarise, summary_table
+from headrace.cli.demo.summary import Outcome, summarise, summary_table, unasked
+from headrace.cli.launch.tiers import TierSpec
 
 OUTCOMES = [
     Outcome("fact", Answer(tier="small", tokens=10, first_token=0.2, finish="stop")),
@@ -43,3 +44,10 @@ def test_an_empty_summary_is_valid() -> None:
 
     assert summary.tokens_per_second == 0
     assert summary_table(summary).row_count == 3
+
+
+def test_tiers_that_no_prompt_was_sent_to_are_found_in_their_order() -> None:
+    tiers = [TierSpec(name) for name in ("tiny", "small", "large", "huge")]
+
+    assert unasked(tiers, OUTCOMES) == ["tiny", "huge"]
+    assert unasked(tiers[1:3], OUTCOMES) == []

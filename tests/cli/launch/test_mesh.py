@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from headrace.cli.launch import mesh
-from headrace.cli.launch.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan_processes
+from headrace.cli.launch.mesh import MeshSpec, plan_processes
+from headrace.cli.launch.tiers import BadSpec, TierSpec, parse_tiers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,24 +26,6 @@ def flag(command: object, name: str) -> str:
     """Return the value of the flag *name*."""
     assert isinstance(command, list)
     return str(command[command.index(name) + 1])
-
-
-def test_a_tier_is_a_name_and_a_model() -> None:
-    assert parse_tier("small=org/model") == TierSpec("small", "org/model")
-    assert parse_tier(" x-1 = /a=b/m.gguf ") == TierSpec("x-1", "/a=b/m.gguf")
-    assert parse_tier("small", fake=True) == TierSpec("small", "")
-
-
-@pytest.mark.parametrize("text", ["", "small", "=model", "Big=model", "a b=model", "a,b=model", "-a=model"])
-def test_an_invalid_tier_is_answered_with_the_valid_form(text: str) -> None:
-    with pytest.raises(BadSpec, match="--tier"):
-        parse_tier(text)
-
-
-def test_the_default_tiers_and_duplicate_names() -> None:
-    assert parse_tiers([]) == mesh.DEFAULT_TIERS
-    with pytest.raises(BadSpec, match="a more than once"):
-        parse_tiers(["a=x", "b=y", "a=z"])
 
 
 def test_workers_start_first_and_each_stage_gets_the_ports_of_the_one_below(spec: MeshSpec) -> None:
@@ -125,9 +108,9 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
 
     workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
 
-    for process in (*workers, *batchers):
-        assert "--fake" in process.command
-        assert "--model" not in process.command
+    assert all("--fake" in batcher.command for batcher in batchers)
+    assert all(flag(worker.command, "--engine") == "echo" for worker in workers)
+    assert all("--model" not in process.command for process in (*workers, *batchers))
     assert flag(workers[0].command, "--max-running") == "2"
     assert router.port == 5
 
@@ -275,3 +258,102 @@ def test_a_reserved_port_is_given_to_no_other_and_can_be_listened_on(
         for port in mine:
             socket.create_server((mesh.HOST, port)).close()
     assert mesh.free_ports(3) == mine
+
+
+MIXED = ("small=org/small", "medium=vllm:org/medium", "large=gpt@http://a/v1,http://b/v1")
+
+
+def mixed(tmp_path: Path, **settings: Any) -> MeshSpec:
+    """Return a mesh with a tier of each kind."""
+    return MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", tiers=parse_tiers(MIXED), **settings)
+
+
+def test_an_upstream_is_one_process_in_place_of_batchers_and_worker(tmp_path: Path) -> None:
+    spec = mixed(tmp_path)
+    ports = list(range(1, mesh.ports_needed(spec, 2) + 1))
+
+    workers, fronts, (router,) = plan_processes(spec, ports, cores=2)
+
+    assert [process.name for process in workers] == ["worker-small", "worker-medium"]
+    assert [process.name for process in fronts] == ["batcher-small", "batcher-medium", "upstream-large"]
+    upstream = fronts[-1].command
+    assert "headrace.upstream" in upstream
+    assert flag(upstream, "--url") == "http://a/v1,http://b/v1"
+    assert (flag(upstream, "--model"), flag(upstream, "--tier")) == ("gpt", "large")
+    assert flag(router.command, "--tiers") == "small=127.0.0.1:3,medium=127.0.0.1:4,large=127.0.0.1:5"
+    assert [process.port for process in (*workers, *fronts, router)] == ports
+    assert fronts[-1].about == "gpt at http://a/v1,http://b/v1"
+
+
+def test_a_worker_on_vllm_runs_in_its_environment_with_its_arguments(tmp_path: Path) -> None:
+    spec = mixed(
+        tmp_path, vllm_python="/opt/vllm/bin/python", vllm_args="--max-model-len 4096", device="cuda"
+    )
+
+    (ours, vllm), (batcher, batcher_on_vllm, _), _ = plan_processes(spec, list(range(1, 10)), cores=2)
+
+    assert [process.command[0] for process in (ours, batcher, batcher_on_vllm)] == [sys.executable] * 3
+    assert vllm.command[0] == "/opt/vllm/bin/python"
+    assert flag(vllm.command, "--engine") == "vllm"
+    assert "--engine-args=--max-model-len 4096" in vllm.command
+    assert "--engine" not in ours.command
+    assert not [word for word in vllm.command if word.startswith(("--device", "--dtype", "--threads"))]
+    assert flag(vllm.command, "--model") == flag(batcher_on_vllm.command, "--model") == "org/medium"
+    assert vllm.environment["PYTHONPATH"] == str(mesh.packages_of(spec))
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in ours.environment
+    assert vllm.about == "org/medium on vLLM"
+
+
+def test_worker_and_batcher_of_a_tier_on_vllm_use_the_unpacked_folder(tmp_path: Path) -> None:
+    tier = TierSpec("m", "smollm2-135m-instruct", "vllm", files="/cache/unpacked/smollm2")
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, tiers=[tier])
+
+    (worker,), (batcher,), _ = plan_processes(spec, [1, 2, 3], cores=2)
+
+    assert flag(worker.command, "--model") == flag(batcher.command, "--model") == "/cache/unpacked/smollm2"
+    assert worker.about == "smollm2-135m-instruct on vLLM"
+
+
+def test_workers_of_both_engines_share_the_cores_and_an_upstream_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (ours, vllm), _, _ = plan_processes(mixed(tmp_path), list(range(1, 10)), cores=8)
+
+    assert flag(ours.command, "--threads") == vllm.environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_mesh_of_upstreams_alone_has_no_workers(tmp_path: Path) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, tiers=parse_tiers(["a=m@http://a/v1"]))
+
+    workers, (upstream,), (router,) = plan_processes(spec, [1, 2], cores=1)
+
+    assert workers == []
+    assert (upstream.port, router.port) == (1, 2)
+
+
+def test_echo_engines_replace_models_and_leave_upstreams(tmp_path: Path) -> None:
+    (ours, vllm), (*_, upstream), _ = plan_processes(mixed(tmp_path, fake=True), list(range(1, 10)), cores=2)
+
+    assert vllm.command[0] == sys.executable
+    for worker in (ours, vllm):
+        assert flag(worker.command, "--engine") == "echo"
+        assert worker.about == "echo"
+    assert "--fake" not in upstream.command
+
+
+def test_the_key_of_an_upstream_reaches_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_API_KEY_FILE", "/key")
+    stages = plan_processes(mixed(tmp_path, gateway_port=0), list(range(1, 10)), cores=2)
+
+    having = {each.name for stage in stages for each in stage if "HEADRACE_API_KEY_FILE" in each.environment}
+    assert having == {"upstream-large"}
+
+
+def test_an_upstream_shows_the_certificate_of_a_batcher(tmp_path: Path) -> None:
+    """The router calls both alike, so they have the same role."""
+    _, (*_, upstream), _ = plan_processes(mixed(tmp_path, tls=True), list(range(1, 10)), cores=2)
+
+    assert flag(upstream.command, "--tls-cert").endswith("/tls/batcher.pem")

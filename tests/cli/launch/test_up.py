@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from headrace.cli.launch import mesh, up
+from headrace.cli.launch.tiers import BadSpec
 
 
 def test_an_interrupt_while_the_command_loads_is_no_traceback(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_the_gateway_has_its_usual_port_or_a_free_one_with_a_notice(monkeypatch:
         assert "--gateway-port" in notice
         assert "--no-gateway" in notice
 
-        with pytest.raises(mesh.BadSpec, match=r"--port .*Is a mesh running already\?"):
+        with pytest.raises(BadSpec, match=r"--port .*Is a mesh running already\?"):
             up.gateway_port(taken, console)
 
 

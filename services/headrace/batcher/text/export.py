@@ -7,13 +7,11 @@ in files of its own: copy those.
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from headrace.models import FINGERPRINT_FILE, ModelUnavailable, resolve
-from headrace.models.tokenizers.files import read_tokenizer
+from headrace.models import ModelUnavailable, resolve
+from headrace.models.tokenizers.files import write_tokenizer
 
 
 def export(path: Path, folder: Path) -> None:
@@ -21,11 +19,9 @@ def export(path: Path, folder: Path) -> None:
 
     Raises ModelUnavailable if it cannot be read, and FileExistsError if *folder* exists.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        fingerprint = read_tokenizer(path, Path(cache)).fingerprint
-        shutil.copytree(Path(cache, "tokenizers", fingerprint), folder)
-    folder.chmod(0o755)  # other users read it: that of a container
-    (folder / FINGERPRINT_FILE).write_text(f"{fingerprint}\n")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: name a folder that does not")
+    write_tokenizer(path, folder)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from headrace.cli.calls.connection import Connection
-from headrace.cli.launch.mesh import DEFAULT_TIERS
+from headrace.cli.launch.tiers import DEFAULT_TIERS
 from headrace.cli.launch.up import DEFAULT_TARGET
 from headrace.routing.scoring.score import Objective
 
@@ -23,12 +23,33 @@ Tiers = Annotated[
         "--tier",
         metavar="NAME=MODEL",
         help="A tier, smallest first; repeat the flag for more. MODEL is the name of a default model, a "
-        f"folder, a .gguf file or a hub id. Default: "
+        "folder, a .gguf file or a hub id. NAME=vllm:MODEL computes with vLLM. NAME=MODEL@URL asks a service "
+        "with OpenAI's API, with the key in the file HEADRACE_API_KEY_FILE if it needs one. Default: "
         f"{', '.join(f'{tier.model} as {tier.name}' for tier in DEFAULT_TIERS)}",
     ),
 ]
+VllmPython = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH",
+        envvar="HEADRACE_VLLM_PYTHON",
+        help="Interpreter of an environment with vLLM, for tiers on it. Default: this one.",
+    ),
+]
+VllmArgs = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        envvar="HEADRACE_VLLM_ARGS",
+        help="Arguments for vLLM, as after `vllm serve MODEL`, such as '--gpu-memory-utilization 0.4'.",
+    ),
+]
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="Device of the models: cpu (the default), cuda or cuda:N.")
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Device of the models: cpu (the default), cuda or cuda:N. vLLM chooses its own.",
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "int8", "bfloat16", "float32", "float16"],

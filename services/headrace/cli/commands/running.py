@@ -17,12 +17,16 @@ from headrace.cli.commands.flags import (
     Processes,
     Threads,
     Tiers,
+    VllmArgs,
+    VllmPython,
 )
 from headrace.cli.complaints import complain, complaining
 from headrace.cli.launch.certificates import CA, DOMAIN, HOSTS, ROLES, issue
-from headrace.cli.launch.mesh import BadSpec, MeshSpec, parse_tiers
+from headrace.cli.launch.mesh import MeshSpec
 from headrace.cli.launch.processes import log_folder
+from headrace.cli.launch.tiers import BadSpec, parse_tiers
 from headrace.cli.launch.up import DEFAULT_GATEWAY_PORT, DEFAULT_PORT
+from headrace.cli.launch.vllm import find_python
 
 
 def up(
@@ -58,6 +62,8 @@ def up(
     dtype: Dtype = "auto",
     threads: Threads = 0,
     processes: Processes = 0,
+    vllm_python: VllmPython = "",
+    vllm_args: VllmArgs = "",
     log_dir: LogDir = None,
     cache: Cache = None,
     drain_seconds: DrainSeconds = 10.0,
@@ -70,7 +76,7 @@ def up(
         ),
     ] = False,
 ) -> None:
-    """Start a mesh on this machine: per tier a worker and batchers, the router, and the gateway.
+    """Start a mesh on this machine: per tier a worker and batchers or an upstream, the router, the gateway.
 
     Ctrl-C stops it.
 
@@ -80,6 +86,10 @@ def up(
     Example:  headrace up --fake
 
     Example:  headrace up --tier small=smollm2-135m-instruct --tier large=Qwen/Qwen2.5-1.5B-Instruct
+
+    Example:  headrace up --tier small=vllm:Qwen/Qwen3-1.7B --vllm-python /opt/vllm/bin/python
+
+    Example:  headrace up --tier small=smollm2-135m-instruct --tier large=gpt-5@https://api.openai.com/v1
     """
     from headrace.cli.launch.up import gateway_port as usual_gateway_port
     from headrace.cli.launch.up import prepare, run_until_signal
@@ -104,10 +114,12 @@ def up(
             dtype=dtype,
             threads=threads,
             processes=processes,
+            vllm_python=find_python(vllm_python),
+            vllm_args=vllm_args,
             drain_seconds=drain_seconds,
             tls=tls,
         )
-        prepare(spec, console)
+        spec = prepare(spec, console)
         run_until_signal(run(spec, console), lambda: console.print("stopping..."))
 
 
@@ -158,10 +170,12 @@ def demo(
     device: Device = "",
     dtype: Dtype = "auto",
     threads: Threads = 0,
+    vllm_python: VllmPython = "",
+    vllm_args: VllmArgs = "",
     log_dir: LogDir = None,
     cache: Cache = None,
 ) -> None:
-    """Start a mesh, send it sixteen prompts, show figures and a trace, call it over HTTP, and stop it.
+    """Start a mesh, send it prompts, show figures and a trace of each tier, call it over HTTP, and stop it.
 
     Example:  headrace demo --fake
     """
@@ -186,8 +200,10 @@ def demo(
             device=device,
             dtype=dtype,
             threads=threads,
+            vllm_python=find_python(vllm_python),
+            vllm_args=vllm_args,
         )
-        prepare(spec, console)
+        spec = prepare(spec, console)
         run_until_signal(run_demo(spec), lambda: console.print("stopping..."))
     if not finished:
         raise typer.Exit(1)
@@ -207,10 +223,33 @@ def fetch(
 
     Example:  headrace fetch smollm2-135m-instruct
     """
-    from headrace.cli.launch.up import fetch_models
+    from headrace.cli.launch.model_files import fetch_models
 
     console = Console()
     with complaining():
         paths = fetch_models(names or list(models.DEFAULTS), cache or models.cache_folder(), console)
     for name, path in paths.items():
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def unpack(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help=f"{' or '.join(models.DEFAULTS)}, or a .gguf file."),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make; must not exist.")],
+    cache: Cache = None,
+) -> None:
+    """Write a .gguf file as a folder in bfloat16, for engines that read no such files, such as vLLM.
+
+    The folder is in transformers' format: weights as safetensors, configuration, tokenizer, chat template.
+    `headrace up --tier NAME=vllm:MODEL` does so by itself, once, in the cache.
+
+    Example:  headrace unpack smollm2-135m-instruct models/smollm2
+    """
+    from headrace.cli.launch.model_files import unpack as run
+
+    console = Console()
+    with complaining():
+        path = run(model, cache or models.cache_folder(), console, folder)
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)

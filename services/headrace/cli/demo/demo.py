@@ -1,7 +1,8 @@
-"""`headrace demo`: start a mesh, send it prompts of all kinds, and show the trace of one request.
+"""`headrace demo`: start a mesh, send it prompts of all kinds, and show the trace of one request per tier.
 
 The first prompts are sent one at a time, with their answers streamed to the terminal. The others are sent
-concurrently, so that the batchers can form batches. The last one is sent to the gateway, by curl.
+concurrently, so that the batchers can form batches. A tier that the router chose for none of them is then
+asked by name. The last prompt is sent to the gateway, by curl.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import shlex
 import shutil
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from rich.console import Console
 from rich.rule import Rule
+from rich.text import Text
 
 from headrace import attributes
 from headrace.cli.answers import Answer, printable
@@ -26,7 +29,7 @@ from headrace.cli.calls.chat import ChatOptions, follow, request_for
 from headrace.cli.calls.connection import Connection
 from headrace.cli.complaints import advice
 from headrace.cli.demo.otlp_receiver import is_complete, otlp_receiver
-from headrace.cli.demo.summary import Outcome, summarise, summary_table
+from headrace.cli.demo.summary import Outcome, summarise, summary_table, unasked
 from headrace.cli.demo.trace_tree import busiest, trace_tree
 from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.mesh import mesh
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
     from headrace.cli.demo.otlp_receiver import Receiver, Span
     from headrace.cli.launch.mesh import MeshSpec
+    from headrace.cli.launch.tiers import TierSpec
     from headrace.client import Client
 
 _SEQUENTIAL = 4  # prompts that are sent one at a time
@@ -79,7 +83,8 @@ async def demo(spec: MeshSpec, console: Console) -> bool:
                 connection = Connection(target=running.address)
                 options = ChatOptions(connection=connection, temperature=0.0)
                 async with telemetry("client"), connection.open() as client:
-                    complete = await _tour(_Guide(client, options, console), prompts(), receiver, console)
+                    guide = _Guide(client, options, console, spec)
+                    complete = await _tour(guide, prompts(), receiver, console)
                 return await call_over_http(running.gateway, console) and complete
 
 
@@ -97,9 +102,12 @@ async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, con
     async with asyncio.TaskGroup() as tasks:
         rest = [tasks.create_task(one(prompt)) for prompt in chosen[_SEQUENTIAL:]]
     outcomes += [task.result() for task in rest]
+    if left := unasked(guide.tiers, outcomes):
+        console.print(Rule("tiers that none of the prompts needed, asked by name", align="left"))
+        outcomes += [await guide.collect(chosen[0], tier) for tier in left]
     summary = summarise(outcomes, time.perf_counter() - began)
     console.print(summary_table(summary))
-    await _show_trace(guide.traces[_SEQUENTIAL:], guide.answered, receiver, console)
+    await _show_traces(guide, receiver, console)
     return not summary.failures
 
 
@@ -133,71 +141,90 @@ async def call_over_http(gateway: str, console: Console) -> bool:
     return process.returncode == 0
 
 
-def arrived(spans: Sequence[Span], trace_ids: Sequence[str], answered: Collection[str]) -> bool:
+def arrived(spans: Sequence[Span], trace_ids: Sequence[str], computed: Collection[str]) -> bool:
     """Return whether all spans of these traces have arrived.
 
     Each process exports its spans at its own time, so a trace can be complete without those of the worker.
 
-    answered   the traces of prompts that received tokens, which therefore have spans of a worker
+    computed   the traces of prompts that received tokens from a worker, and therefore have its spans
     """
-    computed = {span.trace_id for span in spans if span.name == attributes.SPAN_DECODE}
-    return all(is_complete(spans, each) and (each in computed or each not in answered) for each in trace_ids)
+    decoded = {span.trace_id for span in spans if span.name == attributes.SPAN_DECODE}
+    return all(is_complete(spans, each) and (each in decoded or each not in computed) for each in trace_ids)
 
 
-async def _show_trace(
-    trace_ids: Sequence[str], answered: Collection[str], receiver: Receiver, console: Console
-) -> None:
-    """Show one trace: that of the request which shared its batch with the most others."""
+async def _show_traces(guide: _Guide, receiver: Receiver, console: Console) -> None:
+    """Show one trace per tier: that of the request which shared its batch with the most others."""
+    shown = {tier: guide.traces_of(tier) for tier in guide.tiers}
+    waited = [trace_id for ids in shown.values() for trace_id in ids]
     try:
-        await receiver.wait_for(lambda spans: arrived(spans, trace_ids, answered), timeout=_TRACE_SECONDS)
+        await receiver.wait_for(lambda spans: arrived(spans, waited, guide.computed), timeout=_TRACE_SECONDS)
     except TimeoutError:
         console.print("some spans did not arrive in time", style="yellow")
-    console.print(Rule("one request across all processes", align="left"))
-    console.print(trace_tree(receiver.spans, busiest(receiver.spans, trace_ids)))
+    for tier, ids in shown.items():
+        if ids:
+            title = f"one request across all processes: {tier.name}, {tier.described(fake=guide.fake)}"
+            console.print(Rule(Text(title), align="left"))
+            console.print(trace_tree(receiver.spans, busiest(receiver.spans, ids)))
 
 
 class _Guide:
-    """Sends prompts, prints the answers, and records the trace of each in the order of sending.
+    """Sends prompts, prints the answers, and records the trace of each, by the tier that answered it.
 
-    answered   the traces of the prompts that received tokens
+    tiers      of the mesh
+    fake       whether echo engines replace the models
+    computed   the traces of the prompts that received tokens from workers of the mesh
     """
 
-    def __init__(self, client: Client, options: ChatOptions, console: Console) -> None:
+    def __init__(self, client: Client, options: ChatOptions, console: Console, spec: MeshSpec) -> None:
         self._client = client
         self._options = options
         self._console = console
-        self.traces: list[str] = []
-        self.answered: set[str] = set()
+        self.tiers = spec.tiers
+        self.fake = spec.fake
+        self.computed: set[str] = set()
+        self._computing = {tier.name for tier in spec.tiers if tier.computes}
+        self._traces: dict[str, list[str]] = defaultdict(list)
+        self._alone: set[str] = set()
+
+    def traces_of(self, tier: TierSpec) -> list[str]:
+        """Return the traces of the prompts that *tier* answered: those sent concurrently, if any."""
+        ids = self._traces[tier.name]
+        return [each for each in ids if each not in self._alone] or ids
 
     async def stream(self, prompt: Prompt) -> Outcome:
-        """Send a prompt, and print its answer while it is streamed."""
+        """Send a prompt alone, and print its answer while it is streamed."""
         self._question(prompt)
-        outcome = await self._ask(prompt, self._write)
+        outcome = await self._ask(prompt, self._write, alone=True)
         self._write("\n")
         self._figures(outcome)
         return outcome
 
-    async def collect(self, prompt: Prompt) -> Outcome:
-        """Send a prompt, and print its answer when it is complete."""
-        outcome = await self._ask(prompt, lambda text: None)
+    async def collect(self, prompt: Prompt, tier: str = "") -> Outcome:
+        """Send a prompt, to the tier that is named, and print its answer when it is complete."""
+        outcome = await self._ask(prompt, lambda text: None, tier=tier)
         self._question(prompt)
         self._write(f"{outcome.answer.text}\n")
         self._figures(outcome)
         return outcome
 
-    async def _ask(self, prompt: Prompt, write: Callable[[str], None]) -> Outcome:
+    async def _ask(
+        self, prompt: Prompt, write: Callable[[str], None], *, tier: str = "", alone: bool = False
+    ) -> Outcome:
         answer = Answer()
-        request = request_for([("user", prompt.prompt)], replace(self._options, max_tokens=prompt.max_tokens))
+        options = replace(self._options, max_tokens=prompt.max_tokens, tier=tier)
+        request = request_for([("user", prompt.prompt)], options)
         with _tracer.start_as_current_span("demo.prompt", attributes={"demo.kind": prompt.kind}) as span:
             trace_id = f"{span.get_span_context().trace_id:032x}"
-            self.traces.append(trace_id)
             try:
                 await follow(self._client, request, answer, timeout=self._options.timeout, write=write)
             except HeadraceError as error:
                 return Outcome(prompt.kind, answer, advice(error, self._options.connection.target))
             finally:
-                if answer.tokens:
-                    self.answered.add(trace_id)
+                self._traces[answer.tier].append(trace_id)
+                if alone:
+                    self._alone.add(trace_id)
+                if answer.tokens and answer.tier in self._computing:
+                    self.computed.add(trace_id)
         return Outcome(prompt.kind, answer)
 
     def _question(self, prompt: Prompt) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from headrace.cli.answers import Answer
+    from headrace.cli.launch.tiers import TierSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def summarise(outcomes: Sequence[Outcome], elapsed: float) -> Summary:
     firsts = [outcome.answer.first_token for outcome in outcomes if outcome.answer.first_token is not None]
     failures = sum(not outcome.finished for outcome in outcomes)
     return Summary(requests, tokens, elapsed, firsts, failures)
+
+
+def unasked(tiers: Sequence[TierSpec], outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the names of those of *tiers* that no prompt was sent to."""
+    asked = {outcome.answer.tier for outcome in outcomes}
+    return [tier.name for tier in tiers if tier.name not in asked]
 
 
 def summary_table(summary: Summary) -> Table:

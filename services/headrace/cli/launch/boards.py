@@ -105,7 +105,8 @@ class StartBoard:
             if self._printed.get(state.process.name) != status:
                 self._printed[state.process.name] = status
                 after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
-                line = f"{state.process.name}: {status}{after}"
+                about = f" ({state.process.about})" if state.process.about else ""
+                line = f"{state.process.name}{about}: {status}{after}"
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, states: Sequence[StartState]) -> Table:
@@ -115,6 +116,7 @@ class StartBoard:
             table.add_row(
                 "[green]✓[/]" if ready else self._spinner,
                 state.process.name,
+                Text(state.process.about, "dim"),
                 Text(_status(state), "green" if ready else ""),
                 f"[dim]{state.seconds:.0f} s[/]",
             )

@@ -43,7 +43,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "headrace").startswith("headrace"):
             raise
-        extra = module.rpartition(".")[2]
+        extra = module.split(".")[1]
         raise SystemExit(
             f"{module} needs {error.name}; install it by: pip install 'headrace[{extra}]'"
         ) from None

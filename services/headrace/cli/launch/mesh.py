@@ -1,4 +1,4 @@
-"""Run a whole mesh on this machine: per tier a worker and one or more batchers, the router, and a gateway.
+"""Run a whole mesh on this machine: per tier a worker and batchers or an upstream, the router, and a gateway.
 
 `plan_processes` decides on commands and ports; `mesh` runs the processes and yields when all are ready.
 `headrace up`, the demo and tests with real processes use it.
@@ -11,19 +11,18 @@ import errno
 import itertools
 import os
 import random
-import re
 import socket
 import sys
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from headrace import models
-from headrace.cli.launch import child
+from headrace.cli.launch import child, vllm
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, issue, key_file
 from headrace.cli.launch.cores import cores, parallel_processes, worker_threads
 from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of
 from headrace.cli.launch.readiness import StartState, until_ready
+from headrace.cli.launch.tiers import API_KEY_FILE, DEFAULT_TIERS, BadSpec, TierSpec
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.tls.files import TlsFiles, TlsReader
 
@@ -40,27 +39,12 @@ _PLANNED = {
     f"HEADRACE_{name}"
     for name in (
         *("HOST", "PORT", "METRICS_PORT", "MTLS_PORT", "HEALTH_PORT", "PROCESSES"),
-        *("TIER", "TIERS", "WORKERS", "ROUTER", "MODEL", "FAKE", "THREADS"),
+        *("TIER", "TIERS", "WORKERS", "ROUTER", "MODEL", "FAKE", "THREADS", "ENGINE", "ENGINE_ARGS", "URL"),
         # HEADRACE_TLS_CA, _CERT and _KEY are also the caller's.
         *("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CERTIFICATES", "TLS_PEERS"),
         *("HTTPS_CERT", "HTTPS_KEY"),  # a gateway is polled over HTTP
     )
 }
-
-
-class BadSpec(Exception):
-    """The requested mesh is not possible. The message states why."""
-
-
-@dataclass(frozen=True)
-class TierSpec:
-    """A tier: its name and the model it serves, as the user wrote it."""
-
-    name: str
-    model: str = ""
-
-
-DEFAULT_TIERS = (TierSpec("small", models.SMALL), TierSpec("large", models.LARGE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +56,20 @@ class MeshSpec:
     tiers: Sequence[TierSpec] = DEFAULT_TIERS  # smallest first
     fake: bool = False  # echo engines instead of models
     fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
+    echo_flags: Sequence[str] = ("--engine", "echo")  # of a worker with an echo engine
     port: int = 0  # of the router; 0 for a free one
     gateway_port: int | None = None  # of the gateway; 0 for a free one, None for no gateway
     metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
-    device: str = ""  # empty: the worker's default
-    dtype: str = ""  # empty: the worker's default
+    device: str = ""  # of our engine; empty: the worker's default
+    dtype: str = ""  # of our engine; empty: the worker's default
     threads: int = 0  # per worker; 0 divides the cores between the workers
+    vllm_python: str = ""  # path of the interpreter that runs workers on vLLM; empty for this one
+    vllm_args: str = ""  # vLLM's arguments, for all its workers, as on the command line of `vllm serve`
     processes: int = 0  # of router and gateway, and batchers per tier; 0 for as many as the cores allow
     drain_seconds: float = 10.0
     tls: bool = False  # whether all connections use TLS, with certificates of a throw-away authority
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
-    # Additional flags, by "worker", "batcher", "router" and "gateway".
+    # Additional flags, by "worker", "batcher", "upstream", "router" and "gateway".
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -95,30 +82,6 @@ class Running:
     certificates: Path | None  # the folder of the certificates, if it uses TLS
     processes: Sequence[Process]
     pids: Mapping[str, int]
-
-
-def parse_tier(text: str, *, fake: bool = False) -> TierSpec:
-    """Read NAME=MODEL, or with *fake* NAME alone. Raises BadSpec."""
-    name, _, model = (piece.strip() for piece in text.partition("="))
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name):
-        raise BadSpec(
-            f"--tier {text!r}: {name!r} is not a valid name of a tier; use a-z, 0-9, '.', '_' and '-'"
-        )
-    if not model and not fake:
-        raise BadSpec(
-            f"--tier {text!r} has no model; write NAME=MODEL, for example "
-            f"small={models.SMALL} or small=/path/to/model.gguf"
-        )
-    return TierSpec(name, model)
-
-
-def parse_tiers(texts: Sequence[str], *, fake: bool = False) -> Sequence[TierSpec]:
-    """Read all --tier flags, smallest tier first; without any, the two default tiers. Raises BadSpec."""
-    tiers = [parse_tier(text, fake=fake) for text in texts]
-    names = [tier.name for tier in tiers]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadSpec(f"--tier has {', '.join(twice)} more than once")
-    return tiers or DEFAULT_TIERS
 
 
 def require_free(port: int, setting: str = "--port") -> None:
@@ -189,17 +152,25 @@ def processes_of(spec: MeshSpec, cores: int) -> int:
     on_cpu = not spec.fake and spec.device in ("", "cpu")
     threads = _threads(spec, cores) if on_cpu else 1
     edges = 1 if spec.gateway_port is None else 2
-    return parallel_processes(cores, len(spec.tiers), threads=threads, edges=edges)
+    computing, upstreams = _counts(spec)
+    return parallel_processes(cores - upstreams, computing, threads=threads, edges=edges)
 
 
 def ports_needed(spec: MeshSpec, cores: int) -> int:
-    """Return how many ports `plan_processes` needs: one per worker and batcher, router and gateway."""
+    """Return how many ports `plan_processes` needs: one per worker, batcher, upstream, router and gateway."""
     edges = 1 if spec.gateway_port is None else 2
-    return len(spec.tiers) * (1 + processes_of(spec, cores)) + edges
+    computing, upstreams = _counts(spec)
+    return computing * (1 + processes_of(spec, cores)) + upstreams + edges
+
+
+def _counts(spec: MeshSpec) -> tuple[int, int]:
+    """Return how many tiers have workers, and how many are upstreams."""
+    computing = sum(tier.computes for tier in spec.tiers)
+    return computing, len(spec.tiers) - computing
 
 
 def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Process]]:
-    """Decide on the processes, as stages: the workers, the batchers, the router, and the gateway if wanted.
+    """Decide on the processes, as stages: workers, batchers and upstreams, the router, a gateway if wanted.
 
     Router and gateway are one process each here, which starts the others itself and listens with them on one
     port. Batchers have a port each, because the router chooses between them by their load.
@@ -208,27 +179,37 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     """
     inherited = environment(spec, os.environ)
     parallel = processes_of(spec, cores)
+    threads = _threads(spec, cores)
     metrics_ports = itertools.count(spec.metrics_port + parallel)  # after those of the router's processes
-    workers, rest = ports[: len(spec.tiers)], ports[len(spec.tiers) :]
-    batchers = [rest[place * parallel :][:parallel] for place in range(len(spec.tiers))]
-    router_port = spec.port or rest[len(spec.tiers) * parallel]
+    free = iter(ports)
     # Benchmarks also start older versions, which do not have the flag.
     several = ("--processes", str(parallel)) if parallel > 1 else ()
 
-    def process(kind: str, name: str, port: int, *flags: str, tier: str = "") -> Process:
+    def process(kind: str, name: str, port: int, *flags: str, tier: TierSpec | None = None) -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
         common += _tls_flags(spec, kind)
-        # HEADRACE_TRACE_CONTEXT is for external callers, which call router and gateway. Variables rather than
-        # flags, because benchmarks also start older versions, which do not have the flags.
-        own = {} if kind in _EDGES else {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier}
+        own = {}
+        if tier is not None:
+            # HEADRACE_TRACE_CONTEXT is for external callers, which call router and gateway. Variables rather
+            # than flags, because benchmarks also start older versions, which do not have the flags.
+            own = {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier.name}
         if spec.metrics_port:
             own["HEADRACE_METRICS_PORT"] = str(spec.metrics_port if kind == "router" else next(metrics_ports))
-        # So are HEADRACE_AUTH_* variables: the services behind the router have no tokens.
-        not_own = {name for name in inherited if kind not in _EDGES and name.startswith("HEADRACE_AUTH_")}
+        variables = {name: value for name, value in inherited.items() if _is_for(kind, name)} | own
+        python = sys.executable
+        if kind == "worker" and _on_vllm(spec, tier):
+            python = spec.vllm_python or python
+            variables = vllm.environment(
+                variables,
+                python=spec.vllm_python,
+                packages=packages_of(spec),
+                threads=threads,
+                arguments=spec.vllm_args,
+            )
         return Process(
             name=name,
             command=[
-                sys.executable,
+                python,
                 # By path: PYTHONPATH may name the services of another version, which has no such module.
                 *("-P", child.__file__, str(os.getpid()), f"headrace.{kind}"),
                 *common,
@@ -236,42 +217,87 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment={name: value for name, value in inherited.items() if name not in not_own} | own,
+            environment=variables,
             port=port,
             protocol="http" if kind == "gateway" else "grpc",
+            about=tier.described(fake=spec.fake) if tier else "",
         )
 
-    def engine(tier: TierSpec) -> list[str]:
-        return ["--fake"] if spec.fake else ["--model", tier.model, "--cache", str(spec.cache)]
-
-    step = ["--fake-step-seconds", str(spec.fake_step_seconds)]
-    compute = step if spec.fake else ["--threads", str(_threads(spec, cores))]
-    compute += [f"--device={spec.device}"] if spec.device else []
-    compute += [f"--dtype={spec.dtype}"] if spec.dtype else []
-    routes = ",".join(
-        f"{tier.name}={'+'.join(f'{HOST}:{port}' for port in own)}"
-        for tier, own in zip(spec.tiers, batchers, strict=True)
-    )
-    stages = [
-        [
-            process("worker", f"worker-{tier.name}", port, *engine(tier), *compute, tier=tier.name)
-            for tier, port in zip(spec.tiers, workers, strict=True)
-        ],
-        [
+    workers = [
+        (
+            tier,
             process(
-                *("batcher", f"batcher{number if number > 1 else ''}-{tier.name}", port),
-                *("--tier", tier.name, "--workers", f"{HOST}:{worker}", *engine(tier)),
-                tier=tier.name,
+                "worker", f"worker-{tier.name}", next(free), *_worker_flags(spec, tier, threads), tier=tier
+            ),
+        )
+        for tier in spec.tiers
+        if tier.computes
+    ]
+    served: dict[str, list[Process]] = {
+        tier.name: [
+            process(
+                *("batcher", f"batcher{number if number > 1 else ''}-{tier.name}", next(free)),
+                *("--tier", tier.name, "--workers", f"{HOST}:{worker.port}"),
+                *(["--fake"] if spec.fake else _model_flags(spec, tier)),
+                tier=tier,
             )
-            for tier, own, worker in zip(spec.tiers, batchers, workers, strict=True)
-            for number, port in enumerate(own, start=1)
-        ],
+            for number in range(1, parallel + 1)
+        ]
+        for tier, worker in workers
+    }
+    for tier in spec.tiers:
+        if not tier.computes:
+            flags = ("--tier", tier.name, "--url", tier.url, "--model", tier.model)
+            served[tier.name] = [process("upstream", f"upstream-{tier.name}", next(free), *flags, tier=tier)]
+    routes = ",".join(
+        f"{tier.name}={'+'.join(f'{HOST}:{each.port}' for each in served[tier.name])}" for tier in spec.tiers
+    )
+    router_port, gateway_port = spec.port or next(free), spec.gateway_port
+    stages = [
+        [worker for _, worker in workers],
+        [each for tier in spec.tiers for each in served[tier.name]],
         [process("router", "router", router_port, "--tiers", routes, *several)],
     ]
-    if spec.gateway_port is not None:
-        port = spec.gateway_port or rest[-1]
-        stages.append([process("gateway", "gateway", port, "--router", f"{HOST}:{router_port}", *several)])
+    if gateway_port is not None:
+        flags = ("--router", f"{HOST}:{router_port}", *several)
+        stages.append([process("gateway", "gateway", gateway_port or next(free), *flags)])
     return stages
+
+
+def _is_for(kind: str, name: str) -> bool:
+    """Return whether a service shall have a variable.
+
+    Variables HEADRACE_AUTH_* are for router and gateway: the services behind them have no tokens. The key of
+    an upstream is for it alone.
+    """
+    if name.startswith("HEADRACE_AUTH_"):
+        return kind in _EDGES
+    return kind == "upstream" or name != API_KEY_FILE
+
+
+def _on_vllm(spec: MeshSpec, tier: TierSpec | None) -> bool:
+    return tier is not None and tier.engine == "vllm" and not spec.fake
+
+
+def _model_flags(spec: MeshSpec, tier: TierSpec) -> list[str]:
+    return ["--model", tier.files or tier.model, "--cache", str(spec.cache)]
+
+
+def _worker_flags(spec: MeshSpec, tier: TierSpec, threads: int) -> list[str]:
+    """Return the flags of a tier's worker: its engine and model, and what they compute with."""
+    device = [f"--device={spec.device}"] if spec.device else []
+    dtype = [f"--dtype={spec.dtype}"] if spec.dtype else []
+    if spec.fake:
+        return [*spec.echo_flags, "--fake-step-seconds", str(spec.fake_step_seconds), *device, *dtype]
+    if _on_vllm(spec, tier):
+        arguments = [f"--engine-args={spec.vllm_args}"] if spec.vllm_args else []
+        return ["--engine", "vllm", *arguments, *_model_flags(spec, tier)]
+    return [*_model_flags(spec, tier), "--threads", str(threads), *device, *dtype]
+
+
+def packages_of(spec: MeshSpec) -> Path:
+    """Return the folder from which the interpreter with vLLM imports Headrace."""
+    return spec.log_dir / "python"
 
 
 def certificates_of(spec: MeshSpec) -> Path | None:
@@ -282,16 +308,18 @@ def certificates_of(spec: MeshSpec) -> Path | None:
 def _tls_flags(spec: MeshSpec, kind: str) -> list[str]:
     if (folder := certificates_of(spec)) is None:
         return []
+    role = "batcher" if kind == "upstream" else kind  # the router calls both alike
     files = {
         "--tls-ca": folder / CA,
-        "--tls-cert": cert_file(folder, kind),
-        "--tls-key": key_file(folder, kind),
+        "--tls-cert": cert_file(folder, role),
+        "--tls-key": key_file(folder, role),
     }
     return [str(word) for pair in files.items() for word in pair]
 
 
 def _threads(spec: MeshSpec, cores: int) -> int:
-    return spec.threads or worker_threads(cores, len(spec.tiers))
+    computing, _ = _counts(spec)
+    return spec.threads or worker_threads(cores, max(1, computing))
 
 
 @asynccontextmanager
@@ -318,6 +346,8 @@ async def mesh(
     if (folder := certificates_of(spec)) is not None:
         issue(folder, keep_authority=False)  # nobody can issue more certificates
         reader = TlsReader(TlsFiles(folder / CA, cert_file(folder, CLIENT), key_file(folder, CLIENT)))
+    if spec.vllm_python:
+        vllm.link_package(packages_of(spec))
     available = cores()
     with reserved_ports(ports_needed(spec, available)) as ports:
         stages = plan_processes(spec, ports, cores=available)

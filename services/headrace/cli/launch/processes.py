@@ -33,6 +33,7 @@ class Process:
     environment: Mapping[str, str]  # complete
     port: int = 0
     protocol: Literal["grpc", "http"] = "grpc"  # in which it is asked for its health
+    about: str = ""  # a few words about it, such as its model
 
 
 class ChildDied(Exception):

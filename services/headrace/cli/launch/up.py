@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from headrace import models
-from headrace.cli.launch.boards import FetchBoard, StartBoard
+from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, key_file, shared_folder
 from headrace.cli.launch.mesh import HOST, mesh, require_free, require_free_ports
+from headrace.cli.launch.model_files import ready_tiers
+from headrace.cli.launch.tiers import require_one_provider
+from headrace.cli.launch.vllm import require_vllm
 from headrace.runtime.serving.bind_check import bind_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
     from rich.console import Console
@@ -29,12 +33,6 @@ DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_GATEWAY_PORT = 8080
 _SAME_SIGNAL_SECONDS = 0.5  # timeout(1) and some shells signal a process, and then its process group
-
-
-def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[str, Path]:
-    """Fetch the models that are not on this machine, and show progress. Raises ModelUnavailable."""
-    with FetchBoard(console) as board:
-        return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
 
 
 def gateway_port(router_port: int, console: Console) -> int:
@@ -55,11 +53,18 @@ def gateway_port(router_port: int, console: Console) -> int:
     return 0
 
 
-def prepare(spec: MeshSpec, console: Console) -> None:
-    """Check the ports and fetch the models. Raises BadSpec or ModelUnavailable."""
+def prepare(spec: MeshSpec, console: Console) -> MeshSpec:
+    """Check ports, keys and vLLM, fetch the models, and return the mesh to start.
+
+    Raises BadSpec or ModelUnavailable.
+    """
     require_free_ports(spec)
-    if not spec.fake:
-        fetch_models([tier.model for tier in spec.tiers], spec.cache, console)
+    require_one_provider(spec.tiers, os.environ)
+    if spec.fake:
+        return spec
+    if any(tier.engine == "vllm" for tier in spec.tiers):
+        require_vllm(spec.vllm_python)
+    return replace(spec, tiers=ready_tiers(spec.tiers, spec.cache, console))
 
 
 async def up(spec: MeshSpec, console: Console) -> None:
@@ -191,14 +196,14 @@ def curl(gateway: str, text: str, *options: str, **fields: object) -> list[str]:
 
 
 def _processes(spec: MeshSpec, running: Running) -> Table:
-    models_by_name = {tier.name: "echo" if spec.fake else tier.model for tier in spec.tiers}
     table = Table("process", "model")
     table.add_column("port", justify="right")
     table.add_column("pid", justify="right")
     if spec.metrics_port:
         table.add_column("metrics", justify="right")
     for process in running.processes:
-        model = models_by_name.get(process.name.partition("-")[2], "")
         metrics = [process.environment["HEADRACE_METRICS_PORT"]] if spec.metrics_port else []
-        table.add_row(process.name, model, str(process.port), str(running.pids[process.name]), *metrics)
+        table.add_row(
+            process.name, process.about, str(process.port), str(running.pids[process.name]), *metrics
+        )
     return table

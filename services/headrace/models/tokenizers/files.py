@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from headrace.models import ModelUnavailable, tokenizer_fingerprint
+from headrace.models import FINGERPRINT_FILE, ModelUnavailable, tokenizer_fingerprint
 from headrace.models.tokenizers import cache as kept_tokenizers
 from headrace.models.tokenizers import gguf
 
@@ -70,6 +70,19 @@ def read_tokenizer(path: Path, cache: Path) -> TokenizerFiles:
         kept_tokenizers.Contents(files.backend.to_str(), files.templates, files.special_tokens), kept
     )
     return files
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer of the .gguf file *path* into *folder*, which is made if it does not exist.
+
+    The folder then states the fingerprint of the file. Raises ModelUnavailable for a tokenizer that cannot be
+    read.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        fingerprint = read_tokenizer(path, Path(cache)).fingerprint
+        shutil.copytree(Path(cache, "tokenizers", fingerprint), folder, dirs_exist_ok=True)
+    folder.chmod(0o755)  # other users read it: that of a container
+    (folder / FINGERPRINT_FILE).write_text(f"{fingerprint}\n")
 
 
 def _read_afresh(path: Path, unpacked: Path, fingerprint: str) -> TokenizerFiles:

@@ -10,12 +10,7 @@ that lacks a tensor of the model, or has an unknown one, is rejected.
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,31 +29,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.utils.quantization_config import GgufConfig
 
 from headrace.worker.engine.load.gguf.config import config_from
+from headrace.worker.engine.load.gguf.folders import made_once
 from headrace.worker.engine.load.gguf.metadata import Metadata
+from headrace.worker.engine.load.identity import END_OF_TURN
 from headrace.worker.engine.load.model_files import first_bytes
 from headrace.worker.engine.load.network import account_for_weights, quiet_transformers
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel, as_loading_error, one_line
 
 _FORMAT = "2"  # part of the folder's name: a new format does not reuse old copies
-_MANIFEST = "manifest.json"
-
-# Tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
-END_OF_TURN = frozenset(
-    {
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<EOT>",
-        "_<EOT>",
-    }
-)
 _CONTROL = 3  # gguf's token type for special tokens
 _ROPE_FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
@@ -75,25 +53,18 @@ def dequantised(path: Path, *, digest: str, cache: Path, progress: Callable[[str
     cannot be written.
     """
     folder = cache / "dequantised" / f"{digest[:32]}-{_FORMAT}"
-    if _is_complete(folder):
-        return folder
+
+    def make(made: Path) -> None:
+        progress(f"unpacking {path.name}: only once, takes about half a minute")
+        _unpack(path, made)
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            if _is_complete(folder):
-                return folder
-            progress(f"unpacking {path.name}: only once, takes about half a minute")
-            shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
-                _unpack(path, Path(made))
-                os.replace(made, folder)
-                Path(made).mkdir()  # for the context manager to remove
+        return made_once(folder, make)
     except OSError as error:
         raise LoadingError(
             f"cannot unpack {path} to {folder.parent}: {error}; free space there, or choose another folder "
             "with --cache"
         ) from error
-    return folder
 
 
 def _unpack(path: Path, folder: Path) -> None:
@@ -130,7 +101,6 @@ def _unpack(path: Path, folder: Path) -> None:
     network.is_quantized = False
     network.generation_config.eos_token_id = sorted(_eos_ids(path, metadata)) or None
     network.save_pretrained(folder)
-    seal(folder)
 
 
 def _misshapen(network: Any) -> Iterator[tuple[str, torch.Size, torch.Size]]:
@@ -238,15 +208,6 @@ def _full_name(name: str) -> str:
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
 
-def seal(folder: Path) -> None:
-    """Write a manifest with the size of every file, and sync all files: the folder is then complete."""
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=1))
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-
-
 def _eos_ids(path: Path, metadata: Metadata) -> set[int]:
     """Return the ids that end a turn: those in the metadata, and special tokens known to end turns."""
     values = metadata.values
@@ -261,19 +222,3 @@ def _eos_ids(path: Path, metadata: Metadata) -> set[int]:
     )
     vocabulary = metadata.tensors["token_embd.weight"][0]
     return {index for index in ids if isinstance(index, int) and 0 <= index < vocabulary}
-
-
-def _is_complete(folder: Path) -> bool:
-    """Return whether the folder exists and every file has its size in the manifest."""
-    try:
-        sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed or the process ends
-        yield
