@@ -1,8 +1,8 @@
 """Translate vLLM's log-probabilities. Without vLLM itself.
 
 vLLM computes them before temperature, filters and processors (`logprobs_mode` "raw_logprobs", its default),
-which is what the contract promises. It puts the token itself first, then the most likely ones; a token that is
-one of them is there twice, with the same bits.
+which is what the contract promises. It puts the token itself first, then the most likely ones. A token that
+is one of them occurs twice, with the same bits.
 """
 
 from __future__ import annotations

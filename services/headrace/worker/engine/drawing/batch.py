@@ -1,8 +1,8 @@
 """Draw the next tokens of an engine that lets us change its logits and then takes the likeliest token.
 
-The engine numbers the rows of its batch, and says when a sequence enters, leaves or moves. Rows that are not
-ours stay as they are. A drawn token depends on the row's logits, ids and parameters alone, so an answer can be
-resumed in another batch or on another machine.
+The engine numbers the rows of its batch, and reports when a sequence enters, leaves or moves. Other rows stay
+as they are. A drawn token depends on the row's logits, ids and parameters alone, so an answer can be resumed
+in another batch or on another machine.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DrawnBatch:
         self._layout: _Layout | None = None
 
     def put(self, row: int, sequence: Drawn) -> None:
-        """Begin a sequence; its grammar is compiled, and the resumed part of its answer replayed, meanwhile."""
+        """Begin a sequence. Its grammar is compiled, and its resumed answer replayed, in the background."""
         if sequence.params.grammar:
             sequence.matcher = self._threads.submit(self._follow, sequence)
         self._sequences[row] = sequence
