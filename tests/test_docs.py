@@ -82,6 +82,23 @@ OTHER_FLAGS = {
     "--random-output-len",
     "--tasks",
     "--tokenizer",
+    # of vLLM
+    "--config",
+    "--data-parallel-size",
+    "--device-ids",
+    "--distributed-executor-backend",
+    "--enable-prefix-caching",
+    "--enforce-eager",
+    "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
+    "--load-format",
+    "--max-model-len",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--pipeline-parallel-size",
+    "--quantization",
+    "--tensor-parallel-size",
+    "--trust-remote-code",
 }
 # In capitals, besides reasons, statuses and variables.
 OTHER_NAMES = {
@@ -263,6 +280,7 @@ def test_every_command_of_ours_parses() -> None:
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
     assert len(shown) == 16
+    assert len(shown) >= 20
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
@@ -324,7 +342,7 @@ def test_every_name_in_capitals_is_a_reason_a_status_or_a_variable(page: str) ->
     for name in set(re.findall(r"(?<![\w.])[A-Z]+(?:_[A-Z]+)+(?![\w(*])", PAGES[page])):
         if name.startswith(PREFIX):
             assert name in fields or re.search(rf"\b{name}\b", sources()), name
-        elif not name.startswith(("OTEL_", "GRPC_", "HF_", "TRITON_")):
+        elif not name.startswith(("OTEL_", "GRPC_", "HF_", "TRITON_", "VLLM_")):
             assert name in known | OTHER_NAMES, name
 
 

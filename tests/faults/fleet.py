@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +29,19 @@ START_SECONDS = 180.0  # generous, for busy machines
 
 @dataclass
 class Child:
-    """One service as a process. It keeps its port over restarts."""
+    """One service as a process. It keeps its port over restarts.
+
+    python        the interpreter, of an environment that has the service's packages
+    environment   variables besides those of this process
+    """
 
     name: str
     module: str
     flags: Sequence[str]
     port: int
     log: Path
+    python: str = sys.executable
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -58,12 +64,13 @@ class Child:
         """Start the process. It ends when this process ends."""
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), self.module),
+                *(self.python, "-m", "headrace.cli.launch.child", str(os.getpid()), self.module),
                 *("--host", HOST, "--port", str(self.port), *self.flags),
                 *secured.flags(self.name.rstrip("0123456789")),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, **self.environment},
                 start_new_session=True,
             )
 
@@ -200,6 +207,7 @@ class Plan:
     """The processes to start.
 
     flags      of each service, besides those that connect them
+    worker_python, environment   the interpreter of the workers, and variables of all processes
     start_seconds   time limit until all are ready
     to_worker, to_batcher   addresses that replace those of the n-th worker or batcher, such as a proxy's
     """
@@ -209,9 +217,11 @@ class Plan:
     routers: int = 2
     tier: str = "only"
     worker_module: str = "tests.faults.dice_worker"
+    worker_python: str = sys.executable
     worker_flags: Sequence[str] = ("--engine", "echo", "--fake-step-seconds", "0.01", "--max-running", "16")
     batcher_flags: Sequence[str] = ("--fake",)
     router_flags: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     to_worker: dict[int, str] = field(default_factory=dict)
     to_batcher: dict[int, str] = field(default_factory=dict)
     worker_ports: Sequence[int] = ()
@@ -235,28 +245,35 @@ async def _fleet(plan: Plan, logs: Path, ports: Iterator[int]) -> AsyncGenerator
     workers = [plan.to_worker.get(n, f"{HOST}:{port}") for n, port in enumerate(worker_ports)]
     batchers = [plan.to_batcher.get(n, f"{HOST}:{port}") for n, port in enumerate(batcher_ports)]
     running = Fleet()
+
+    def child(kind: str, n: int, module: str, flags: Sequence[str], port: int, **options: Any) -> Child:
+        log = logs / f"{kind}{n}.log"
+        return Child(f"{kind}{n}", module, flags, port, log, environment=plan.environment, **options)
+
     for n, port in enumerate(worker_ports):
-        running.workers.append(
-            Child(f"worker{n}", plan.worker_module, plan.worker_flags, port, logs / f"worker{n}.log")
-        )
+        python = plan.worker_python
+        running.workers.append(child("worker", n, plan.worker_module, plan.worker_flags, port, python=python))
     for n, port in enumerate(batcher_ports):
         flags = ["--tier", plan.tier, "--workers", ",".join(workers), *_IN_FLIGHT, *plan.batcher_flags]
-        running.batchers.append(
-            Child(f"batcher{n}", "headrace.batcher", flags, port, logs / f"batcher{n}.log")
-        )
+        running.batchers.append(child("batcher", n, "headrace.batcher", flags, port))
     for n in range(plan.routers):
         flags = ["--tiers", f"{plan.tier}={'+'.join(batchers)}", *_IN_FLIGHT, *plan.router_flags]
-        running.routers.append(
-            Child(f"router{n}", "headrace.router", flags, next(ports), logs / f"router{n}.log")
-        )
-    try:
-        await asyncio.gather(*(child.start() for child in running.children))
-        await asyncio.gather(*(child.ready(seconds=plan.start_seconds) for child in running.children))
+        running.routers.append(child("router", n, "headrace.router", flags, next(ports)))
+    async with started(running.children, seconds=plan.start_seconds):
         await running.known()
         yield running
+
+
+@asynccontextmanager
+async def started(children: Sequence[Child], *, seconds: float = START_SECONDS) -> AsyncGenerator[None, None]:
+    """Run *children* while the block runs; it is entered when all are ready, within *seconds*."""
+    try:
+        await asyncio.gather(*(child.start() for child in children))
+        await asyncio.gather(*(child.ready(seconds=seconds) for child in children))
+        yield
     finally:
-        for child in running.children:
+        for child in children:
             if child.alive:
                 child.send(signal.SIGCONT)
                 child.send(signal.SIGKILL)
-        await asyncio.gather(*(child.gone() for child in running.children if child.process))
+        await asyncio.gather(*(child.gone() for child in children if child.process))

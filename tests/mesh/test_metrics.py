@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from headrace import errors
 from headrace.cli.launch.mesh import MeshSpec, reserved_ports
@@ -19,32 +17,10 @@ from headrace.runtime.serving.bind_check import bind_error
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, collect, eventually, prompt, running_mesh
+from tests.scraping import Scrape, scrape
 
 # The label that tells the services apart, and those of Prometheus' text format.
 OTHER_LABELS = {"service_name", "le"}
-
-
-@dataclass(frozen=True)
-class Scrape:
-    """What one process serves: its series by name, each as its labels and its value."""
-
-    series: Mapping[str, list[tuple[dict[str, str], float]]]
-
-    def value(self, name: str, **labels: str) -> float:
-        """The sum of the series of a name that have *labels*."""
-        found = self.series.get(name, [])
-        return sum(value for own, value in found if labels.items() <= own.items())
-
-
-def scrape(port: int) -> Scrape:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
-        text = response.read().decode()
-    series: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            series.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return Scrape(series)
 
 
 def to_no_tier() -> pb.GenerateRequest:

@@ -1,0 +1,1 @@
+"""A real vLLM behind our batchers and routers; see conftest.py."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,6 +27,31 @@ def sequence(handle: int, text: str = "hello", **sampling: Any) -> wire.Sequence
 
 def submit(*sequences: wire.Sequence) -> wire.RunRequest:
     return wire.RunRequest(submit=wire.Submit(batch_id=1, sequences=sequences))
+
+
+def bad_sampling(*, vocabulary: int) -> list[dict[str, Any]]:
+    """Return parameters that a worker must refuse, each for one reason."""
+    return [
+        {"temperature": math.nan},
+        {"temperature": -1.0},
+        {"temperature": math.inf},
+        {"top_p": math.nan},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -3.0},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {4_000_000_000: 1.0}},
+        {"logit_bias": {vocabulary: 1.0}},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: math.inf}},
+        {"stop_token_ids": [4_000_000_000]},
+        {"stop_token_ids": [vocabulary]},
+        {"stop_token_ids": range(200)},
+        {"max_tokens": 0},
+    ]
 
 
 class Peer:

@@ -6,7 +6,6 @@ The peers here write the contract's messages themselves, to a real server that a
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -25,7 +24,7 @@ from headrace.worker.service import RUN
 from headrace.worker.streams import BatcherStreams
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
 from tests.tier import Tier, running_tier
-from tests.worker.peer import HELLO, Peer, dialled, sequence, submit
+from tests.worker.peer import HELLO, Peer, bad_sampling, dialled, sequence, submit
 
 
 @pytest.fixture
@@ -115,27 +114,7 @@ async def test_sequences_that_have_ended_but_are_unread_count_against_credit() -
     assert isinstance(error, errors.InvalidRequest)
 
 
-BAD_SAMPLING: list[dict[str, Any]] = [
-    {"temperature": math.nan},
-    {"temperature": -1.0},
-    {"temperature": math.inf},
-    {"top_p": math.nan},
-    {"top_p": 0.0},
-    {"min_p": 2.0},
-    {"repetition_penalty": math.nan},
-    {"repetition_penalty": 0.0},
-    {"repetition_penalty": -3.0},
-    {"presence_penalty": math.inf},
-    {"frequency_penalty": math.nan},
-    {"logit_bias": {4_000_000_000: 1.0}},
-    {"logit_bias": {258: 1.0}},
-    {"logit_bias": {1: math.nan}},
-    {"logit_bias": {1: math.inf}},
-    {"stop_token_ids": [4_000_000_000]},
-    {"stop_token_ids": [258]},
-    {"stop_token_ids": range(200)},
-    {"max_tokens": 0},
-]
+BAD_SAMPLING = bad_sampling(vocabulary=258)
 
 
 async def test_a_sequence_with_invalid_sampling_is_refused_alone(tier: Tier) -> None:
