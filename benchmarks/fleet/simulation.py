@@ -3,10 +3,10 @@
 Router and batcher processes are single servers, whose work on each request, message and token takes the CPU
 time that `costs` measured. A worker computes steps: each one decodes a token of all its sequences, and
 prefills the prompts that were given to it since the step before. A batcher learns that a slot is free when it
-has processed the message of that step.
+has processed the message of that step. While a process is behind, the messages that one sender has for it are
+gathered into one, as the senders of streams do.
 
-Not simulated: a process that is behind gathers several messages into one, which makes it cheaper; chunked
-prefill; the network. So a router or batcher saturates later in reality than here.
+Not simulated: chunked prefill, limits of queues, and the network.
 """
 
 from __future__ import annotations
@@ -61,12 +61,16 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The simulated processes."""
+    """The simulated processes.
+
+    divided   whether each batcher has workers of its own; otherwise all batchers use all workers
+    """
 
     workers: int
     engine: Engine
     batchers: int = 1
     routers: int = 1
+    divided: bool = False
     batcher: Costs = Costs()
     router: Costs = Costs()
 
@@ -80,7 +84,7 @@ class Outcome:
     tpots            seconds per token after the first, of each request
     tokens_per_s     delivered
     running          mean share of the slots that were in use
-    batcher_busy, router_busy   mean share of a core, of one process
+    batcher_busy, router_busy   work that arrived at one process, as a share of a core: 1 is saturated
     left             requests that were waiting in the batchers' queues at the end
     """
 
@@ -104,7 +108,6 @@ class _Request:
 
     wanted     tokens of the answer
     computed   tokens that the worker has computed
-    received   tokens that the caller has
     """
 
     router: int
@@ -112,18 +115,27 @@ class _Request:
     arrived: float
     wanted: int
     computed: int = 0
-    received: int = 0
     queued: float = 0.0
     wait: float = 0.0
     first: float = 0.0
 
 
 @dataclass(slots=True)
+class _Message:
+    """Tokens on their way: the request, and the place of the token in its answer, from 1."""
+
+    starts: float
+    tokens: list[tuple[_Request, int]]
+
+
+@dataclass(slots=True)
 class _Server:
     """One process: works on one thing after another."""
 
+    costs: Costs
     free: float = 0.0
     busy: float = 0.0
+    waiting: dict[int, _Message] = field(default_factory=dict)  # the last message, by sender
 
     def serve(self, now: float, seconds: float) -> float:
         """Return when work that arrives *now* is done."""
@@ -131,9 +143,25 @@ class _Server:
         self.busy += seconds
         return self.free
 
+    def receive(self, now: float, sender: int, tokens: list[tuple[_Request, int]]) -> _Message | None:
+        """Return the message that these tokens are sent in; None if they join one that is not yet read.
+
+        A message is read completely when the process is free the next time; see `free`.
+        """
+        last = self.waiting.get(sender)
+        if last is not None and last.starts > now:
+            last.tokens += tokens
+            self.serve(now, self.costs.token * len(tokens))
+            return None
+        message = self.waiting[sender] = _Message(max(now, self.free), tokens)
+        self.serve(now, self.costs.message + self.costs.token * len(tokens))
+        return message
+
 
 @dataclass(slots=True)
 class _Worker:
+    number: int
+    pool: int
     joining: list[_Request] = field(default_factory=list)
     rows: list[_Request] = field(default_factory=list)
     taken: int = 0  # slots, as the batchers know it
@@ -148,10 +176,13 @@ class _Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.now = 0.0
-        self.routers = [_Server() for _ in range(mesh.routers)]
-        self.batchers = [_Server() for _ in range(mesh.batchers)]
-        self._workers = [_Worker() for _ in range(mesh.workers)]
-        self.queue: deque[_Request] = deque()
+        self.routers = [_Server(mesh.router) for _ in range(mesh.routers)]
+        self.batchers = [_Server(mesh.batcher) for _ in range(mesh.batchers)]
+        # A pool is what one queue of requests is dispatched to.
+        pools = mesh.batchers if mesh.divided else 1
+        workers = [_Worker(number, number % pools) for number in range(mesh.workers)]
+        self._pools = [workers[pool::pools] for pool in range(pools)]
+        self.queues: list[deque[_Request]] = [deque() for _ in self._pools]
         self.done: list[tuple[_Request, float]] = []  # with the time of the last token
         self.delivered = 0
         self.slot_seconds = 0.0
@@ -183,15 +214,17 @@ class _Simulation:
 
     def _enqueue(self, request: _Request) -> None:
         request.queued = self.now
-        self.queue.append(request)
-        self._dispatch()
+        pool = request.batcher % len(self._pools)
+        self.queues[pool].append(request)
+        self._dispatch(pool)
 
-    def _dispatch(self) -> None:
-        while self.queue:
-            worker = min(self._workers, key=lambda worker: worker.taken)
+    def _dispatch(self, pool: int) -> None:
+        queue, workers = self.queues[pool], self._pools[pool]
+        while queue:
+            worker = min(workers, key=lambda worker: worker.taken)
             if worker.taken >= self._mesh.engine.slots:
                 return
-            request = self.queue.popleft()
+            request = queue.popleft()
             request.wait = self.now - request.queued
             worker.taken += 1
             worker.joining.append(request)
@@ -210,39 +243,41 @@ class _Simulation:
             self.at(self.now + seconds, partial(self._stepped, worker))
 
     def _stepped(self, worker: _Worker) -> None:
+        tokens = []
         for request in worker.rows:
             request.computed += 1
-        for number, requests in _grouped(worker.rows, lambda request: request.batcher).items():
-            costs = self._mesh.batcher
-            done = self.batchers[number].serve(self.now, costs.message + costs.token * len(requests))
-            ended = sum(request.computed == request.wanted for request in requests)
-            self.at(done, partial(self._passed_on, worker, requests, ended))
+            tokens.append((request, request.computed))
+        for number, own in _grouped(tokens, lambda request: request.batcher).items():
+            batcher = self.batchers[number]
+            if message := batcher.receive(self.now, worker.number, own):
+                self.at(batcher.free, partial(self._passed_on, worker, number, message))
         worker.rows = [request for request in worker.rows if request.computed < request.wanted]
         self._step(worker)
 
-    def _passed_on(self, worker: _Worker, requests: Sequence[_Request], ended: int) -> None:
-        worker.taken -= ended
-        if ended:
-            self._dispatch()
-        for number, rows in _grouped(requests, lambda request: request.router).items():
-            costs = self._mesh.router
-            done = self.routers[number].serve(self.now, costs.message + costs.token * len(rows))
-            self.at(done, partial(self._deliver, rows))
+    def _passed_on(self, worker: _Worker, batcher: int, message: _Message) -> None:
+        if ended := sum(place == request.wanted for request, place in message.tokens):
+            worker.taken -= ended
+            self._dispatch(worker.pool)
+        for number, own in _grouped(message.tokens, lambda request: request.router).items():
+            router = self.routers[number]
+            if passed := router.receive(self.now, batcher, own):
+                self.at(router.free, partial(self._deliver, passed))
 
-    def _deliver(self, requests: Sequence[_Request]) -> None:
-        self.delivered += len(requests)
-        for request in requests:
-            request.received += 1
-            if request.received == 1:
+    def _deliver(self, message: _Message) -> None:
+        self.delivered += len(message.tokens)
+        for request, place in message.tokens:
+            if place == 1:
                 request.first = self.now
-            if request.received == request.wanted:
+            if place == request.wanted:
                 self.done.append((request, self.now))
 
 
-def _grouped(requests: Sequence[_Request], key: Callable[[_Request], int]) -> dict[int, list[_Request]]:
-    groups: dict[int, list[_Request]] = {}
-    for request in requests:
-        groups.setdefault(key(request), []).append(request)
+def _grouped(
+    tokens: Sequence[tuple[_Request, int]], key: Callable[[_Request], int]
+) -> dict[int, list[tuple[_Request, int]]]:
+    groups: dict[int, list[tuple[_Request, int]]] = {}
+    for token in tokens:
+        groups.setdefault(key(token[0]), []).append(token)
     return groups
 
 
@@ -267,5 +302,5 @@ def simulate(mesh: Mesh, load: Load, *, seconds: float, warm_up: float = 0.0, se
         running=(state.slot_seconds - before[2]) / seconds / mesh.workers / mesh.engine.slots,
         batcher_busy=batcher,
         router_busy=router,
-        left=len(state.queue),
+        left=sum(map(len, state.queues)),
     )

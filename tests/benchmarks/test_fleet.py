@@ -72,25 +72,36 @@ def test_a_busy_process_delays_as_a_single_server_does() -> None:
     assert found.batcher_busy == pytest.approx(rate * work, rel=0.03)
 
 
-def crowded(**more: int) -> Outcome:
-    """A mesh of 40 workers whose batcher alone would be busy for more than a core."""
-    busy = Mesh(
-        workers=40,
+def crowded(*, batchers: int = 1, divided: bool = False) -> Outcome:
+    """A mesh of 30 workers, whose messages alone would keep a batcher busy for more than a core."""
+    mesh = Mesh(
+        workers=30,
         engine=Engine(8, 0.02),
+        batchers=batchers,
+        divided=divided,
         batcher=Costs(request=0.0005, message=0.0006, token=0.00005),
         router=Costs(request=0.0005, message=0.0001),
-        **more,
     )
-    return simulate(busy, Load(100.0, 0, lambda draw: 50), seconds=20.0, warm_up=5.0)
+    return simulate(mesh, Load(100.0, 0, lambda draw: 50), seconds=10.0, warm_up=3.0)
 
 
-def test_a_second_batcher_helps_where_the_first_is_saturated() -> None:
-    one, two = crowded(), crowded(batchers=2)
+def test_a_second_batcher_helps_a_saturated_one_if_it_has_its_own_workers() -> None:
+    """Where both have all workers, each gets a message of each step of each worker."""
+    one, shared, divided = crowded(), crowded(batchers=2), crowded(batchers=2, divided=True)
 
-    assert one.batcher_busy > 0.99
-    assert two.batcher_busy < 0.99
-    assert two.tokens_per_s > one.tokens_per_s
-    assert two.ttft(50) < one.ttft(50)
+    assert one.batcher_busy == pytest.approx(1.0, abs=0.02)
+    assert shared.batcher_busy > 0.9
+    assert divided.batcher_busy < 0.75
+    assert divided.ttft(50) < shared.ttft(50)
+    assert divided.ttft(50) < one.ttft(50)
+
+
+def test_a_saturated_process_gathers_tokens_instead_of_falling_behind() -> None:
+    """Its own work on requests and tokens must fit in a core; the messages share the rest."""
+    saturated = crowded()
+
+    assert saturated.tokens_per_s == pytest.approx(5000, rel=0.1)
+    assert saturated.left == 0
 
 
 def test_the_same_seed_gives_the_same_simulation() -> None:
