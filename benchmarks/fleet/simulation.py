@@ -101,6 +101,10 @@ class Outcome:
         """Return a percentile of the time to the first token; infinite if nothing was answered."""
         return percentile(self.ttfts, percent) if self.ttfts else math.inf
 
+    def tpot(self, percent: float) -> float:
+        """Return a percentile of the time per token; infinite if nothing was answered."""
+        return percentile(self.tpots, percent) if self.tpots else math.inf
+
 
 @dataclass(slots=True)
 class _Request:
