@@ -11,7 +11,9 @@ import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -28,15 +30,16 @@ from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_serve
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from headrace.worker.admin import AdminServicer
 from headrace.worker.cpus import bind, parse
-from headrace.worker.engine.interface import Engine
 from headrace.worker.engine.load.refusals import LoadingError
-from headrace.worker.engine.plan.loop import EngineLoop
-from headrace.worker.faults import FaultPlan, FaultyEngine
+from headrace.worker.faults import FaultPlan, FaultyRunner
 from headrace.worker.runner import Runner
 from headrace.worker.sequences import SequenceKey
 from headrace.worker.service import RUN, SERVICES, WorkerServicer, described
 from headrace.worker.settings import Settings
 from headrace.worker.streams import BatcherStreams
+
+if TYPE_CHECKING:
+    from headrace.worker.engine.interface import Engine
 
 log = logging.getLogger("headrace.worker")
 
@@ -51,11 +54,11 @@ class Worker:
 
 @asynccontextmanager
 async def worker(
-    settings: Settings, load: Callable[[], Engine], identity: str
+    settings: Settings, load: Callable[[], Runner[SequenceKey]], identity: str
 ) -> AsyncGenerator[Worker, None]:
     """Serve a model while the block runs; drain when it is left.
 
-    load       makes the engine, on a thread; meanwhile the server's health is not ready
+    load       makes the runner, on a thread; meanwhile the server's health is not ready
     identity   identifies this worker in its batchers' logs
     """
     secured = security(settings, "worker")
@@ -83,11 +86,7 @@ async def worker(
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:
-        runner: Runner[SequenceKey] = EngineLoop(
-            await asyncio.to_thread(load),
-            step_tokens=settings.tokens_per_step,
-            prefix_cache=settings.prefix_cache,
-        )
+        runner = await asyncio.to_thread(load)
         streams = BatcherStreams(runner, max_streams=settings.max_batcher_streams, tier=settings.tier)
         servicer.open(streams)
         log.info("ready", extra={"model": runner.model.name, "device": runner.model.device})
@@ -104,56 +103,96 @@ async def main(settings: Settings) -> None:
     async with (
         telemetry("worker", instance=identity),
         scraping(settings.metrics_host, settings.metrics_port, "worker", identity),
-        worker(settings, lambda: _with_faults(_load(settings), settings.faults), identity),
+        worker(settings, lambda: with_faults(_load(settings), settings), identity),
     ):
         await until_signal()
 
 
-def _with_faults(engine: Engine, faults: str) -> Engine:
-    return FaultyEngine(engine, FaultPlan.parse(faults)) if faults else engine
+def with_faults(runner: Runner[SequenceKey], settings: Settings) -> Runner[SequenceKey]:
+    """Inject the faults that are set; usually none."""
+    return FaultyRunner(runner, FaultPlan.parse(settings.faults)) if settings.faults else runner
 
 
-def _load(settings: Settings) -> Engine:
-    """Load and warm up the engine. Runs on a thread, because it takes seconds."""
-    if settings.fake:
-        from headrace.worker.engine.echo import EchoEngine
+def engine_loop(engine: Engine, settings: Settings) -> Runner[SequenceKey]:
+    """Run one of our own engines with the settings of the scheduler."""
+    from headrace.worker.engine.plan.loop import EngineLoop
 
-        return EchoEngine(
-            context_length=settings.context_length or 4096,
-            max_running=settings.running_sequences,
-            step_seconds=settings.fake_step_seconds,
-        )
-    # Imported here, because it takes seconds that `--help` and `--fake` do not need.
-    with collection_paused():
-        from headrace.worker.engine.load.loading import load_engine
+    return EngineLoop(engine, step_tokens=settings.tokens_per_step, prefix_cache=settings.prefix_cache)
 
+
+def _load(settings: Settings) -> Runner[SequenceKey]:
+    """Load and warm up the engine. Runs on a thread, because it takes seconds.
+
+    Each engine is imported only where it runs: environments have the dependencies of one of them.
+    """
+    if settings.engine == "echo":
+        return _echo(settings)
     cache = Path(settings.cache) if settings.cache else cache_folder()
-    log.info("loading", extra={"stage": "files", "model": settings.model})
+    _progress(settings, "files")
     try:
         path = resolve(settings.model, cache)
-        return load_engine(
-            path,
-            name=settings.model,
-            cache=cache,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads or None,
-            context_length=settings.context_length or None,
-            max_running=settings.running_sequences,
-            step_tokens=settings.tokens_per_step,
-            exact=settings.exact,
-            allow_pickle=settings.allow_pickle,
-            kv_memory=settings.kv_memory or None,
-            tokenizer_fingerprint=tokenizer_fingerprint(path),
-            progress=lambda stage: log.info("loading", extra={"stage": stage, "model": settings.model}),
-            # `headrace up` shows lines with this field.
-            warn=lambda text: log.warning(text, extra={"notice": True}),
-        )
+        fingerprint = tokenizer_fingerprint(path)
+        return (_vllm if settings.engine == "vllm" else _torch)(settings, path, fingerprint)
     except (ModelUnavailable, LoadingError) as error:
         raise StartFailed(str(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartFailed(f"cannot read {error.filename or settings.model}: {reason}") from error
+
+
+def _echo(settings: Settings) -> Runner[SequenceKey]:
+    from headrace.worker.engine.echo import EchoEngine
+
+    engine = EchoEngine(
+        context_length=settings.context_length or 4096,
+        max_running=settings.running_sequences,
+        step_seconds=settings.fake_step_seconds,
+    )
+    return engine_loop(engine, settings)
+
+
+def _torch(settings: Settings, path: Path, fingerprint: str) -> Runner[SequenceKey]:
+    with collection_paused():
+        from headrace.worker.engine.load.loading import load_engine
+
+    engine = load_engine(
+        path,
+        name=settings.model,
+        cache=Path(settings.cache) if settings.cache else cache_folder(),
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads or None,
+        context_length=settings.context_length or None,
+        max_running=settings.running_sequences,
+        step_tokens=settings.tokens_per_step,
+        exact=settings.exact,
+        allow_pickle=settings.allow_pickle,
+        kv_memory=settings.kv_memory or None,
+        tokenizer_fingerprint=fingerprint,
+        progress=partial(_progress, settings),
+        warn=_warn,
+    )
+    return engine_loop(engine, settings)
+
+
+def _vllm(settings: Settings, path: Path, fingerprint: str) -> Runner[SequenceKey]:
+    from headrace.worker.vllm.loading import load_runner
+
+    return load_runner(
+        settings,
+        path,
+        tokenizer_fingerprint=fingerprint,
+        progress=partial(_progress, settings),
+        warn=_warn,
+    )
+
+
+def _progress(settings: Settings, stage: str) -> None:
+    log.info("loading", extra={"stage": stage, "model": settings.model})
+
+
+def _warn(text: str) -> None:
+    log.warning(text, extra={"notice": True})  # `headrace up` shows lines with this field
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
 """Inject faults into a worker, to test that callers do not notice them. Off without `--faults`.
 
-HEADRACE_FAULTS=step_delay=0.05,crash_after_tokens=100 python -m headrace.worker --fake
+HEADRACE_FAULTS=step_delay=0.05,crash_after_tokens=100 python -m headrace.worker --engine echo
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Generic
 
-from headrace.worker.engine.interface import (
-    Engine,
-    EngineBroken,
-    Fault,
-    Grammars,
-    LaunchedStep,
+from headrace.worker.runner import (
+    FinishReason,
+    K,
     ModelInfo,
-    Result,
-    Row,
-    Token,
+    Runner,
+    SequenceSpec,
+    SequenceUpdate,
+    StepReport,
 )
 
 log = logging.getLogger(__name__)
@@ -34,12 +33,14 @@ class FaultPlan:
     """The faults to inject; 0 for never.
 
     step_delay                  seconds added to each step
-    crash_after_tokens          the process is killed by SIGKILL before it returns the token of this number
-    stall_after_tokens          the engine hangs before it returns the token of this number; the rest runs on
-    break_device_after_tokens   the device is lost before it returns the token of this number
-    raise_step                  the step of this number, and of each multiple, raises
-    nan_row                     the token of this number, and of each multiple, cannot be sampled
-    crash_on_id                 the process is killed when it computes a prompt that contains this token id
+    crash_after_tokens          the process is killed by SIGKILL before it reports the token of this number
+    stall_after_tokens          the runner hangs before it reports the token of this number; the rest runs on
+    break_device_after_tokens   the process exits, as when a device is lost, before it reports this token
+    raise_step                  the step of this number, and of each multiple, fails: its sequences end
+    nan_row                     the token of this number, and of each multiple, cannot be sampled: its
+                                sequence ends
+    crash_on_id                 the process is killed when it has computed a step after the submission of a
+                                prompt that contains this token id
     """
 
     step_delay: float = 0.0
@@ -68,73 +69,104 @@ class FaultPlan:
         return cls(**values)
 
 
-class FaultyEngine:
-    """Computes what *inner* computes, and fails as planned."""
+class FaultyRunner(Generic[K]):
+    """Computes what *inner* computes, and fails as planned, whichever engine it runs."""
 
-    def __init__(self, inner: Engine, plan: FaultPlan) -> None:
+    def __init__(self, inner: Runner[K], plan: FaultPlan) -> None:
         self._inner = inner
         self._plan = plan
+        self._report: Callable[[StepReport[K]], None] = lambda report: None
         self._steps = 0
         self._tokens = 0
+        self._poisoned = False  # whether a prompt contains the id to crash on
+        self._failed: set[K] = set()  # sequences that ended by a fault, and not yet at the inner runner
         log.warning("faults are injected", extra={"plan": str(plan)})
 
     @property
     def model(self) -> ModelInfo:
-        """The model of the inner engine."""
+        """The model of the inner runner."""
         return self._inner.model
 
     @property
-    def grammars(self) -> Grammars | None:
-        """The grammars of the inner engine."""
-        return self._inner.grammars
+    def step_tokens(self) -> int:
+        """As of the inner runner."""
+        return self._inner.step_tokens
 
     @property
-    def ahead(self) -> int:
-        """How far the inner engine runs ahead."""
-        return self._inner.ahead
+    def shared_block_tokens(self) -> int:
+        """As of the inner runner."""
+        return self._inner.shared_block_tokens
 
-    def launch(self, rows: Sequence[Row]) -> FaultyStep:
-        """See `Engine.launch`."""
-        plan = self._plan
-        self._steps += 1
-        if plan.crash_on_id and any(plan.crash_on_id in row.ids[row.start : row.stop] for row in rows):
+    def start(self, report: Callable[[StepReport[K]], None]) -> None:
+        """See `Runner.start`."""
+        self._report = report
+        self._inner.start(self._spoil)
+
+    def submit(self, *specs: SequenceSpec[K]) -> None:
+        """See `Runner.submit`."""
+        crash = self._plan.crash_on_id
+        self._poisoned = self._poisoned or bool(crash and any(crash in spec.ids for spec in specs))
+        self._inner.submit(*specs)
+
+    def cancel(self, *keys: K) -> None:
+        """See `Runner.cancel`."""
+        self._inner.cancel(*keys)
+
+    def stop(self) -> None:
+        """See `Runner.stop`."""
+        self._inner.stop()
+
+    def _spoil(self, report: StepReport[K]) -> None:
+        """Pass a report on, with faults. Runs on the thread of the inner runner, which it holds up."""
+        plan, fails = self._plan, False
+        if report.rows:
+            self._steps += 1
+            time.sleep(plan.step_delay)
+            if self._poisoned:
+                _crash()
+            fails = bool(plan.raise_step) and self._steps % plan.raise_step == 0
+        updates = []
+        for update in report.updates:
+            if update.key in self._failed:
+                if update.finish is not None:
+                    self._failed.remove(update.key)
+                continue
+            if fails:
+                update = self._fail(update, 0, "this step fails on purpose (--faults)")
+            elif update.token_ids:
+                update = self._with_token_faults(update)
+            updates.append(update)
+        self._report(dataclasses.replace(report, updates=updates))
+
+    def _with_token_faults(self, update: SequenceUpdate[K]) -> SequenceUpdate[K]:
+        plan, first = self._plan, self._tokens + 1
+        self._tokens += len(update.token_ids)
+        numbers = range(first, self._tokens + 1)
+        if plan.crash_after_tokens in numbers:
             _crash()
-        if plan.raise_step and self._steps % plan.raise_step == 0:
-            raise RuntimeError("this step fails on purpose (--faults)")
-        return FaultyStep(self, self._inner.launch(rows))
-
-    def wait(self, step: LaunchedStep) -> list[Result]:
-        """Return the results of a step of the inner engine, with faults."""
-        if self._plan.step_delay:
-            time.sleep(self._plan.step_delay)
-        return [self._spoil(result) for result in step.wait()]
-
-    def _spoil(self, result: Result) -> Result:
-        if not isinstance(result, Token):
-            return result
-        plan = self._plan
-        self._tokens += 1
-        if self._tokens == plan.crash_after_tokens:
-            _crash()
-        if self._tokens == plan.stall_after_tokens:
+        if plan.stall_after_tokens in numbers:
             threading.Event().wait()
-        if self._tokens == plan.break_device_after_tokens:
-            raise EngineBroken("the device is lost on purpose (--faults)")
-        if plan.nan_row and self._tokens % plan.nan_row == 0:
-            return Fault("the logits are not finite, on purpose (--faults)")
-        return result
+        if plan.break_device_after_tokens in numbers:
+            log.error("the device is lost on purpose (--faults), the worker exits")
+            os._exit(1)
+        for index, number in enumerate(numbers):
+            if plan.nan_row and number % plan.nan_row == 0:
+                return self._fail(update, index, "the logits are not finite, on purpose (--faults)")
+        return update
 
-
-@dataclass(frozen=True, slots=True)
-class FaultyStep:
-    """A launched step of a faulty engine."""
-
-    engine: FaultyEngine
-    step: LaunchedStep
-
-    def wait(self) -> list[Result]:
-        """See `LaunchedStep.wait`."""
-        return self.engine.wait(self.step)
+    def _fail(self, update: SequenceUpdate[K], tokens: int, message: str) -> SequenceUpdate[K]:
+        """End a sequence after the first *tokens* new tokens of its update."""
+        if update.finish is None:
+            self._failed.add(update.key)
+            self._inner.cancel(update.key)
+        return dataclasses.replace(
+            update,
+            token_ids=update.token_ids[:tokens],
+            logprobs=update.logprobs[:tokens],
+            top=update.top[:tokens],
+            finish=FinishReason.FAULT,
+            fault=message,
+        )
 
 
 def _crash() -> None:

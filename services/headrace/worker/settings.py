@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from headrace.runtime.settings import InflightMegabytes, MessageMegabytes, Port, ServiceSettings, one_of
+from headrace.runtime.settings import InflightMegabytes, MessageMegabytes, Port, ServiceSettings
 from headrace.worker import cpus
 from headrace.worker.faults import FaultPlan
+
+# Arguments of vLLM that the worker sets itself, and why.
+_OWN = {
+    "--model": "the model is HEADRACE_MODEL (or --model), whose tokenizer the batchers use as well",
+    "--tokenizer": "the batchers use the tokenizer of HEADRACE_MODEL (or --model)",
+    "--scheduling-policy": "the worker orders sequences by their priorities",
+    "--logits-processors": "the worker loads its own",
+}
 
 
 class Settings(ServiceSettings):
@@ -20,6 +29,16 @@ class Settings(ServiceSettings):
     port: Port = 50053
     max_message_megabytes: MessageMegabytes = 16.0
     max_inflight_megabytes: InflightMegabytes = 64.0  # messages of Run are not counted
+    engine: Literal["torch", "vllm", "echo"] = Field(
+        default="torch",
+        description="what computes the tokens: torch is Headrace's own engine, vllm needs an environment "
+        "with vLLM, echo repeats the prompt and needs no model",
+    )
+    engine_args: str = Field(
+        default="",
+        description="arguments for vLLM, as after `vllm serve MODEL`, such as '--tensor-parallel-size 2 "
+        "--config FILE.yaml'; only with --engine vllm",
+    )
     model: str = Field(
         default="", description="model to run: a default model's name, a folder, a .gguf file or a hub id"
     )
@@ -79,7 +98,6 @@ class Settings(ServiceSettings):
         description="most batchers' streams open at the same time; a further one replaces an idle stream, or "
         "is rejected",
     )
-    fake: bool = Field(default=False, description="run the echo engine, which needs no model")
     fake_step_seconds: float = Field(
         default=0.0, ge=0, description="seconds that a step of the echo engine takes"
     )
@@ -108,9 +126,46 @@ class Settings(ServiceSettings):
 
     @model_validator(mode="after")
     def _one_engine(self) -> Settings:
-        one_of("model", self.model, "fake", self.fake)
+        if self.engine == "echo" and self.model:
+            raise ValueError(
+                "HEADRACE_MODEL (or --model) is set, but HEADRACE_ENGINE (or --engine) is echo, which needs "
+                "no model: use one of them"
+            )
+        if self.engine != "echo" and not self.model:
+            raise ValueError(
+                "HEADRACE_MODEL is not set (or --model); only HEADRACE_ENGINE=echo (or --engine echo) needs "
+                "no model"
+            )
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError(
+                f"HEADRACE_ENGINE_ARGS (or --engine-args) is for vLLM, but HEADRACE_ENGINE (or --engine) is "
+                f"{self.engine}"
+            )
+        if self.engine == "vllm":
+            self._check_vllm()
         try:
             FaultPlan.parse(self.faults)
         except ValueError as error:
             raise ValueError(f"HEADRACE_FAULTS (or --faults): {error}") from None
         return self
+
+    def _check_vllm(self) -> None:
+        """Raise ValueError for settings of our own engine that vLLM has no equal of."""
+        if self.dtype == "int8":
+            raise ValueError(
+                "HEADRACE_DTYPE (or --dtype) int8 is a format of the torch engine; for vLLM, use a quantised "
+                "model, or HEADRACE_ENGINE_ARGS (or --engine-args) '--quantization METHOD'"
+            )
+        if self.threads:
+            raise ValueError(
+                "HEADRACE_THREADS (or --threads) is for the torch engine; vLLM on a CPU uses the variable "
+                "VLLM_CPU_OMP_THREADS_BIND, such as 0-7"
+            )
+        try:
+            words = shlex.split(self.engine_args)
+        except ValueError as error:
+            raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args): {error}") from None
+        for word in words:
+            name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
+            if word.startswith("--") and name in _OWN:
+                raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args) has {word}: {_OWN[name]}")

@@ -1,33 +1,53 @@
-"""Read the identity of a model folder besides its weights: the ids that end a turn, and a fingerprint."""
+"""Read the identity of a model folder besides its weights: the ids that end a turn, and a fingerprint.
+
+Needs neither torch nor transformers: a worker with vLLM has an environment without our engine's dependencies.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from headrace.worker.engine.load.gguf.weights import END_OF_TURN
 from headrace.worker.engine.load.model_files import read_json
 from headrace.worker.engine.load.refusals import as_loading_error
 
+# Tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
+END_OF_TURN = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+    }
+)
+
 
 def read_eos_ids(
-    folder: Path, network: Any, *, vocabulary: int, warn: Callable[[str], None]
+    folder: Path, configs: Iterable[object], *, vocabulary: int, warn: Callable[[str], None]
 ) -> frozenset[int]:
     """Collect the ids that end a turn.
 
-    These are the ids in the generation config and in the config, the eos token of the tokenizer, and special
-    tokens that are known to end turns: many folders name only the token that ends a document.
+    These are the ids in the configs, the eos token of the tokenizer, and special tokens that are known to end
+    turns: many folders name only the token that ends a document.
 
+    configs      the generation config and the config of the text model: each may have an eos_token_id
     vocabulary   ids from this number on do not exist; they are dropped, and *warn* receives a sentence
     """
     ids: set[int] = set()
     with as_loading_error(
         f"the eos_token_id of {folder}", "correct it in config.json and generation_config.json"
     ):
-        for source in (network.generation_config, network.config.get_text_config()):
-            named = getattr(source, "eos_token_id", None)
+        for config in configs:
+            named = getattr(config, "eos_token_id", None)
             ids.update(int(index) for index in ([named] if isinstance(named, int) else named or ()))
     settings = read_json(folder / "tokenizer_config.json", optional=True)
     with as_loading_error(folder / "tokenizer_config.json", "download the tokenizer's files again"):

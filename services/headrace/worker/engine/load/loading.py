@@ -128,7 +128,12 @@ def load_engine(
             weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
             context_length=context,
             vocabulary_size=vocabulary,
-            eos_ids=read_eos_ids(folder, loaded.network, vocabulary=vocabulary, warn=warn),
+            eos_ids=read_eos_ids(
+                folder,
+                (loaded.network.generation_config, loaded.network.config.get_text_config()),
+                vocabulary=vocabulary,
+                warn=warn,
+            ),
             max_running=max_running,
             block_tokens=loaded.kind.block_tokens,
             kv_blocks=max_running * -(-context // loaded.kind.block_tokens),

@@ -35,30 +35,13 @@ from transformers.utils.quantization_config import GgufConfig
 
 from headrace.worker.engine.load.gguf.config import config_from
 from headrace.worker.engine.load.gguf.metadata import Metadata
+from headrace.worker.engine.load.identity import END_OF_TURN
 from headrace.worker.engine.load.model_files import first_bytes
 from headrace.worker.engine.load.network import account_for_weights, quiet_transformers
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel, as_loading_error, one_line
 
 _FORMAT = "2"  # part of the folder's name: a new format does not reuse old copies
 _MANIFEST = "manifest.json"
-
-# Tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
-END_OF_TURN = frozenset(
-    {
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<EOT>",
-        "_<EOT>",
-    }
-)
 _CONTROL = 3  # gguf's token type for special tokens
 _ROPE_FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 

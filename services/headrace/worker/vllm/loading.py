@@ -1,0 +1,199 @@
+"""Start vLLM with a worker's settings, and describe the model that it loads."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
+from headrace.worker.engine.load.refusals import LoadingError, one_line
+from headrace.worker.runner import ModelInfo
+from headrace.worker.settings import Settings
+from headrace.worker.vllm.arguments import arguments, environment
+from headrace.worker.vllm.loop_thread import LoopThread
+from headrace.worker.vllm.runner import VllmRunner
+
+log = logging.getLogger(__name__)
+
+TESTED = "0.32"  # the minor version of vLLM
+INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
+
+Report = Callable[[str], None]  # receives one sentence
+
+
+def load_runner(
+    settings: Settings, folder: Path, *, tokenizer_fingerprint: str, progress: Report, warn: Report
+) -> VllmRunner[Any]:
+    """Start vLLM, load the model and return its runner; takes minutes.
+
+    folder                  of the model
+    tokenizer_fingerprint   copied to `ModelInfo`
+    progress                receives a short sentence before each step that takes time
+    warn                    receives a sentence about each problem that does not prevent serving
+
+    Raises LoadingError with a message of one line.
+    """
+    if folder.suffix == ".gguf":
+        raise LoadingError(
+            f"vLLM does not read {folder}: `headrace unpack` converts a .gguf file or a default model into a "
+            "folder; or use --engine torch"
+        )
+    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
+    progress("importing vLLM")
+    version = _version(warn)
+    thread = LoopThread("vllm")
+    try:
+        return thread.run(
+            _load(
+                settings,
+                folder,
+                thread,
+                version=version,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                progress=progress,
+                warn=warn,
+            )
+        )
+    except BaseException:
+        thread.stop(1.0)
+        raise
+
+
+def _version(warn: Report) -> str:
+    """Import vLLM and return its version."""
+    try:
+        import vllm
+    except ImportError as error:
+        log.debug("vLLM cannot be imported", exc_info=True)
+        raise LoadingError(
+            f"--engine vllm needs vLLM, which cannot be imported here ({one_line(error)}); install it into "
+            f"an environment of its own: {INSTALL}"
+        ) from error
+    version = str(vllm.__version__)
+    if not version.startswith(f"{TESTED}."):
+        warn(f"vLLM {version} is installed, but Headrace is tested with vLLM {TESTED}: others may fail")
+    return version
+
+
+async def _load(
+    settings: Settings,
+    folder: Path,
+    thread: LoopThread,
+    *,
+    version: str,
+    tokenizer_fingerprint: str,
+    progress: Report,
+    warn: Report,
+) -> VllmRunner[Any]:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from headrace.worker.vllm.sampling import sampling_params
+    from headrace.worker.vllm.steps import step_logger
+
+    runner: VllmRunner[Any] | None = None
+
+    def step(engine: int, scheduler: Any, iteration: Any) -> None:
+        if runner is not None:
+            runner.step(engine, scheduler, iteration)
+
+    parsed = _parse(arguments(settings, folder))
+    progress(f"starting vLLM {version}, which loads {settings.model}")
+    try:
+        engine = AsyncLLM.from_engine_args(parsed, stat_loggers=[step_logger(step)])
+        tasks = await engine.get_supported_tasks()
+    except Exception as error:
+        log.debug("vLLM does not start", exc_info=True)
+        raise LoadingError(f"vLLM cannot serve {settings.model}: {one_line(error)}") from error
+    if "generate" not in tasks:
+        engine.shutdown()
+        raise LoadingError(f"{settings.model} generates no text: vLLM supports {', '.join(tasks)} with it")
+    model = _model(
+        engine.vllm_config,
+        settings,
+        folder,
+        version=version,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        warn=warn,
+    )
+    progress(f"KV memory for {model.kv_tokens} tokens")
+    cache = engine.vllm_config.cache_config
+    runner = VllmRunner(
+        engine,
+        thread,
+        model,
+        parameters=partial(sampling_params, eos_ids=model.eos_ids, exact=model.exact),
+        step_tokens=engine.vllm_config.scheduler_config.max_num_batched_tokens,
+        shared_block_tokens=model.block_tokens if cache.enable_prefix_caching else 0,
+    )
+    return runner
+
+
+def _parse(words: list[str]) -> Any:
+    """Read vLLM's arguments, and add those that the runner depends on. Raises LoadingError."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from headrace.worker.vllm.lifetime import EndWithParent
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            raise argparse.ArgumentError(None, message)
+
+    try:
+        parsed = AsyncEngineArgs.from_cli_args(
+            AsyncEngineArgs.add_cli_args(Parser(add_help=False)).parse_args(words)
+        )
+    except (argparse.ArgumentError, ValueError, OSError) as error:
+        raise LoadingError(f"--engine-args: {one_line(error)}") from error
+    parsed.served_model_name = None
+    parsed.scheduling_policy = "priority"
+    # The runner's own logger of statistics is enough; it reports how much each step computed.
+    parsed.disable_log_stats = True
+    parsed.enable_logging_iteration_details = True
+    parsed.additional_config = {**(parsed.additional_config or {}), "headrace": EndWithParent("worker")}
+    return parsed
+
+
+def _model(
+    config: Any,
+    settings: Settings,
+    folder: Path,
+    *,
+    version: str,
+    tokenizer_fingerprint: str,
+    warn: Report,
+) -> ModelInfo:
+    """Describe the model that vLLM has loaded."""
+    from vllm.platforms import current_platform
+
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    engines, processes = parallel.data_parallel_size, parallel.world_size_across_dp
+    device = str(current_platform.device_type)
+    dtype = str(model.quantization or model.dtype).removeprefix("torch.")
+    vocabulary = int(model.get_vocab_size())
+    # vLLM's figure holds for each engine, and accounts for layers that keep less than the whole context.
+    tokens = engines * (cache.kv_cache_size_tokens or 0) or cache.num_gpu_blocks * cache.block_size
+    generation = SimpleNamespace(**(model.try_get_generation_config() or {}))
+    return ModelInfo(
+        name=settings.model,
+        revision=folder.name if folder.parent.name == "snapshots" else "",
+        dtype=dtype,
+        device=device if processes == 1 else f"{device} x{processes}",
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        weights_fingerprint=weights_fingerprint(
+            folder, "", dtype, f"vllm {version} {device} {parallel.tensor_parallel_size}"
+        ),
+        context_length=int(model.max_model_len),
+        vocabulary_size=vocabulary,
+        eos_ids=read_eos_ids(folder, [generation, model.hf_text_config], vocabulary=vocabulary, warn=warn),
+        max_running=engines * config.scheduler_config.max_num_seqs,
+        block_tokens=int(cache.block_size),
+        kv_blocks=tokens // cache.block_size,
+        exact=False,
+    )

@@ -1,0 +1,97 @@
+"""What the runner knows of a sequence at vLLM, and what vLLM's outputs mean for it. Without vLLM itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
+
+NO_TIMES = SequenceTimes()
+
+
+@dataclass(slots=True, eq=False)
+class LiveSequence(Generic[K]):
+    """A sequence whose last update is unreported.
+
+    collector    vLLM's RequestOutputCollector, which has the new outputs; None until vLLM has the sequence
+    timer        ends it at its deadline
+    answered     number of answer tokens so far, resumed ones included
+    computed     whether its prompt is computed: a token has arrived
+    cached       number of submitted ids that the prefix cache held
+    statistics   vLLM's RequestStateStats; None before the first output
+    ended        whether its last update has been made
+    """
+
+    spec: SequenceSpec[K]
+    answered: int
+    collector: Any = None
+    timer: asyncio.TimerHandle | None = None
+    computed: bool = False
+    cached: int = 0
+    statistics: Any = None
+    ended: bool = False
+
+    def update(self, output: Any) -> SequenceUpdate[K]:
+        """Translate a RequestOutput: new tokens, the end, or both."""
+        part = output.outputs[0]
+        finish, fault = _finish(self.spec, part.finish_reason, answered=self.answered)
+        tokens = list(part.token_ids)
+        if finish is FinishReason.STOP:
+            tokens.pop()  # the token that ended the answer is not part of it
+        self.cached, self.statistics = output.num_cached_tokens or 0, output.metrics
+        self.computed = self.computed or bool(part.token_ids)
+        update = SequenceUpdate(
+            self.spec.key,
+            self.answered,
+            tokens,
+            cached=self.cached,
+            finish=finish,
+            fault=fault,
+            times=NO_TIMES if finish is None else self._times(),
+        )
+        self.answered += len(tokens)
+        if finish is not None:
+            self._conclude()
+        return update
+
+    def end(self, reason: FinishReason, fault: str = "") -> SequenceUpdate[K]:
+        """Make the last update of a sequence that ends for a reason of our own."""
+        self._conclude()
+        return SequenceUpdate(
+            self.spec.key,
+            self.answered,
+            cached=self.cached,
+            finish=reason,
+            fault=fault,
+            times=self._times(),
+        )
+
+    def _conclude(self) -> None:
+        self.ended = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def _times(self) -> SequenceTimes:
+        """Return the times at vLLM, of the monotonic clock that all processes of a machine share."""
+        own = self.statistics
+        if own is None:
+            return NO_TIMES
+        if not self.computed:
+            return SequenceTimes(own.scheduled_ts or None)
+        return SequenceTimes(own.scheduled_ts or None, own.first_token_ts or None, own.last_token_ts or None)
+
+
+def _finish(spec: SequenceSpec[K], reason: str | None, *, answered: int) -> tuple[FinishReason | None, str]:
+    """Return our reason for one of vLLM's, and the message of a fault."""
+    if reason is None:
+        return None, ""
+    if reason == "stop":
+        return FinishReason.STOP, ""
+    if reason == "length":
+        return FinishReason.LENGTH, ""
+    # Grammars are compiled in the engine core, before the first token; a second worker would fail as well.
+    if reason == "error" and spec.params.grammar and answered == spec.resumed:
+        return FinishReason.INVALID, "vLLM cannot compile the grammar"
+    return FinishReason.FAULT, f"vLLM ended the sequence with {reason!r}; see its log"
