@@ -13,8 +13,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +28,43 @@ from benchmarks.fleet.processes import Fleet, RunningFleet, running
 from benchmarks.fleet.simulation import Costs
 from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.systems import LIMITS, progress
-from benchmarks.mesh.tables import milliseconds, show_table
 from headrace.cli.bench.latencies import percentile
 from headrace.client import Client, connect
 
-TOKENS = 64  # of an answer
 WARM_UP_SECONDS = 2.0
 SERVICES = ("router", "batcher")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What to run: streams per worker and the time of a worker's step; no streams measure the idle mesh."""
+    """What to run: concurrent streams per worker, the time of a step, and the tokens of an answer.
+
+    No streams measure the idle mesh.
+    """
 
     workers: int
     streams: int
     step_seconds: float
+    tokens: int = 64
     batchers: int = 1
     routers: int = 1
 
 
-# From few workers with many streams to many workers with few: so requests, messages and tokens can be told
-# apart. Steps are slower where there are more workers, because their own loops share the machine.
+# Workers with many streams and with few, short answers and long ones: so requests, messages and tokens can be
+# told apart. Steps are slower where there are more workers, because their own loops share the machine.
 CELLS = (
     Cell(1, 0, 0.02),
     Cell(1, 1, 0.02),
     Cell(1, 16, 0.02),
-    Cell(1, 64, 0.02),
-    Cell(2, 32, 0.02),
-    Cell(4, 16, 0.02),
+    Cell(1, 64, 0.02, tokens=16),
+    Cell(1, 64, 0.02, tokens=256),
+    Cell(10, 0, 0.05),
     Cell(10, 1, 0.05),
+    Cell(10, 8, 0.05, tokens=16),
     Cell(10, 8, 0.05),
-    Cell(10, 8, 0.05, batchers=2, routers=2),
     Cell(10, 32, 0.05),
+    Cell(10, 8, 0.05, batchers=2),
+    Cell(10, 8, 0.05, batchers=2, routers=2),
     Cell(50, 0, 0.1),
     Cell(50, 1, 0.1),
     Cell(50, 8, 0.1),
@@ -100,28 +105,31 @@ class Measured:
         return kind, self.tokens * counts[kind] / self.cores[kind]
 
 
-async def measure(cells: Sequence[Cell], seconds: float) -> list[Measured]:
-    """Run all cells; those with the same processes share them."""
+async def measure(cells: Sequence[Cell], seconds: float, repeat: int = 1) -> list[Measured]:
+    """Run all cells *repeat* times; neighbours with the same processes share them."""
     kept = []
-    for cell in cells:
+    for fleet_of, group in groupby(cells, key=lambda cell: replace(cell, streams=0, tokens=0)):
+        own = list(group)
         with tempfile.TemporaryDirectory() as folder:
+            most = max(1, *(2 * cell.streams for cell in own))
             fleet = Fleet(
                 logs=Path(folder),
-                workers=cell.workers,
-                batchers=cell.batchers,
-                routers=cell.routers,
+                workers=fleet_of.workers,
+                batchers=fleet_of.batchers,
+                routers=fleet_of.routers,
                 environment=LIMITS,
                 flags={
                     "worker": [
-                        *("--fake", "--fake-step-seconds", str(cell.step_seconds)),
-                        *("--max-running", str(max(2 * cell.streams, 1)), "--no-prefix-cache"),
+                        *("--engine", "echo", "--fake-step-seconds", str(fleet_of.step_seconds)),
+                        *("--max-running", str(most), "--no-prefix-cache"),
                     ],
                     "batcher": ["--fake"],
                 },
             )
             async with running(fleet) as started:
-                kept.append(await _cell(cell, started, seconds))
-        progress(f"{cell}: {kept[-1].tokens:,.0f} tokens/s, others {kept[-1].others:.2f}")
+                for cell in own * repeat:
+                    kept.append(await _cell(cell, started, seconds))
+                    progress(f"{cell}: {kept[-1].tokens:,.0f} tokens/s, others {kept[-1].others:.2f}")
     return kept
 
 
@@ -129,19 +137,19 @@ async def _cell(cell: Cell, fleet: RunningFleet, seconds: float) -> Measured:
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connect(address)) for address in fleet.routers]
         # The first calls are spread over an answer, so that answers begin and end all the time.
-        spread = TOKENS * cell.step_seconds * 1.2
+        spread = cell.tokens * cell.step_seconds * 1.2
         wait = spread + WARM_UP_SECONDS if cell.streams else 0.0
         window = asyncio.create_task(_window(fleet, wait, seconds))
         answers: list[Answer] = []
         if callers := cell.workers * cell.streams:
-            call = partial(_call, clients)
+            call = partial(_call, clients, cell.tokens)
             answers = await closed_loop(callers, wait + seconds, call, spread=spread)
         began, ended, cores, others = await window
     return summarize(cell, answers, began, ended, cores, others)
 
 
-async def _call(clients: Sequence[Client], number: int) -> Answer:
-    return await ask(clients[number % len(clients)], number, TOKENS)
+async def _call(clients: Sequence[Client], tokens: int, number: int) -> Answer:
+    return await ask(clients[number % len(clients)], number, tokens)
 
 
 async def _window(
@@ -229,33 +237,24 @@ def nonnegative_fit(rows: npt.NDArray[np.float64], wanted: npt.NDArray[np.float6
 
 
 def show(kept: Sequence[Measured]) -> None:
-    """Print the cells, and the fitted costs."""
-    show_table(
-        f"echo workers, answers of {TOKENS} tokens, one call after the other",
-        (
-            *(
-                "workers",
-                "streams each",
-                "step ms",
-                "batchers",
-                "routers",
-                "requests/s",
-                "tokens/s",
-                "TTFT p50 ms",
-            ),
-            *("p99", "TPOT p50 ms", "router cores", "batcher cores", "us/token router", "batcher"),
-            *("one core is enough for tokens/s", "others"),
-        ),
-        [_cells(one) for one in kept],
+    """Print the cells as a table in Markdown, and the fitted costs."""
+    print(
+        "| workers x streams | step, ms | tokens of an answer | batchers, routers | requests/s | tokens/s "
+        "| TTFT p50 / p99, ms | TPOT p50, ms | cores: routers, batchers | us of a token: router, batcher "
+        "| one core each is enough for tokens/s | others |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
+    for one in kept:
+        print(f"| {' | '.join(_cells(one))} |")
+    print()
     for kind in SERVICES:
         costs, idle = fit(kept, kind)
         errors = [
             abs(_predicted(one, kind, costs, idle) / one.cores[kind] - 1) for one in kept if one.requests
         ]
+        unit = "and worker " if kind == "batcher" else ""
         print(
-            f"{kind}: {costs.request * 1e6:.0f} us per request, {costs.message * 1e6:.0f} us per message, "
-            f"{costs.token * 1e6:.1f} us per token, {idle * 1e6:.0f} us per second and worker when idle; "
+            f"{kind}: {costs.request * 1e6:.0f} us of a request, {costs.message * 1e6:.0f} us of a message, "
+            f"{costs.token * 1e6:.1f} us of a token, {idle * 1e6:.0f} us per second {unit}when idle; "
             f"median error {statistics.median(errors):.0%}"
         )
 
@@ -267,20 +266,18 @@ def _predicted(one: Measured, kind: str, costs: Costs, idle: float) -> float:
 
 def _cells(one: Measured) -> list[str]:
     cell = one.cell
-    head = [str(cell.workers), str(cell.streams), f"{cell.step_seconds * 1e3:g}", str(cell.batchers)]
+    cores = f"{one.cores['router']:.3f}, {one.cores['batcher']:.3f}"
+    head = [f"{cell.workers} x {cell.streams}", f"{cell.step_seconds * 1e3:g}"]
     if not cell.streams:
-        return [*head, str(cell.routers), *[""] * 5, *_cores(one), "", "", "", f"{one.others:.2f}"]
+        return [*head, "", f"{cell.batchers}, {cell.routers}", *[""] * 4, cores, "", "", f"{one.others:.2f}"]
     kind, tokens = one.saturates()
     return [
-        *(*head, str(cell.routers), f"{one.requests:.1f}", f"{one.tokens:,.0f}", milliseconds(one.ttft_p50)),
-        *(milliseconds(one.ttft_p99), milliseconds(one.tpot_p50), *_cores(one)),
-        *(f"{one.cores[kind] / one.tokens * 1e6:.0f}" for kind in SERVICES),
+        *(*head, str(cell.tokens), f"{cell.batchers}, {cell.routers}"),
+        *(f"{one.requests:.1f}", f"{one.tokens:,.0f}"),
+        *(f"{one.ttft_p50 * 1e3:.0f} / {one.ttft_p99 * 1e3:.0f}", f"{one.tpot_p50 * 1e3:.1f}", cores),
+        ", ".join(f"{one.cores[each] / one.tokens * 1e6:.0f}" for each in SERVICES),
         *(f"{tokens:,.0f} ({kind})", f"{one.others:.2f}"),
     ]
-
-
-def _cores(one: Measured) -> list[str]:
-    return [f"{one.cores[kind]:.3f}" for kind in SERVICES]
 
 
 def as_json(kept: Sequence[Measured]) -> dict[str, Any]:
