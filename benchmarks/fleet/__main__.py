@@ -9,6 +9,8 @@ parts:
   growth    simulate a growing load on GPU workers, with the costs in FILE: when to add what
   cards     what GPUs hold and how fast they decode, by arithmetic alone
 
+With --write docs/scaling.md, the tables there are replaced.
+
 The column `others` shows the cores that other processes of the machine used: CPU times are those of an
 otherwise idle machine only if it is near 0.
 """
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("parts", nargs="+", choices=PARTS, metavar="PART", help="see above")
+    add("--write", type=Path, metavar="PAGE", help="also replace the tables of a page")
     add("--file", type=Path, default=FILE, help="of the costs; default %(default)s")
     add("--seconds", type=float, default=8.0, help="costs, arrivals: length of a run")
     add("--most-workers", type=int, default=100, help="costs: leave out cells with more workers")
@@ -49,32 +52,48 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Parse flags, and run the parts."""
+    """Parse flags, run the parts, and print their tables."""
     arguments = parser().parse_args()
     for part in arguments.parts:
         try:
-            _run(part, arguments)
+            tables = _run(part, arguments)
         except* ChildDied as group:
             raise SystemExit(f"{part}: {group.exceptions[0]}") from None
+        for name, table in tables.items():
+            print(f"{name}:\n\n{table}", flush=True)
+            if arguments.write:
+                page = replaced(arguments.write.read_text(), name, table)
+                arguments.write.write_text(page)
 
 
-def _run(part: str, arguments: argparse.Namespace) -> None:
+def replaced(page: str, name: str, table: str) -> str:
+    """Return a page with another table after the comment ``<!-- NAME -->``, up to ``<!-- end -->``.
+
+    Raises ValueError if the page has no such comment.
+    """
+    before, found, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not found or not end:
+        raise ValueError(f"the page has no table {name!r}")
+    return f"{before}{found}\n{table}\n{end}{after}"
+
+
+def _run(part: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """Run a part; returns its tables by name."""
     if part == "costs":
         cells = [cell for cell in costs.CELLS if cell.workers <= arguments.most_workers]
         kept = asyncio.run(costs.measure(cells, arguments.seconds, arguments.repeat))
-        costs.show(kept)
         written = {"machine": machine.describe(), **costs.as_json(kept)}
         arguments.file.write_text(json.dumps(written, indent=1) + "\n")
-        print(f"written to {arguments.file}")
-    elif part == "arrivals":
-        arrivals.show(asyncio.run(arrivals.measure(arguments.seconds)))
-    elif part == "growth":
+        return {"costs": costs.fitted_markdown(kept), "cells": costs.markdown(kept)}
+    if part == "arrivals":
+        return {"arrivals": arrivals.markdown(asyncio.run(arrivals.measure(arguments.seconds)))}
+    if part == "growth":
         found = json.loads(arguments.file.read_text())
         router, batcher = (costs.costs_of(found, kind) for kind in costs.SERVICES)
-        print(f"{MODEL.name} on {CARD.name}, one worker per card; {growth.Workload()}\n")
-        print(growth.markdown(growth.grow(MODEL, CARD, growth.Workload(), arguments.rates, router, batcher)))
-    else:
-        print(cards.markdown())
+        grown = growth.grow(MODEL, CARD, growth.Workload(), arguments.rates, router, batcher)
+        return {"growth": growth.markdown(grown)}
+    return {"cards": cards.markdown(), "layouts": cards.layouts_markdown()}
 
 
 if __name__ == "__main__":

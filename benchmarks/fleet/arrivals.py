@@ -18,7 +18,6 @@ from benchmarks.fleet.queueing import probability_of_waiting
 from benchmarks.fleet.simulation import Engine, Load, Mesh, simulate
 from benchmarks.mesh.answers import Answer, ask
 from benchmarks.mesh.systems import progress
-from benchmarks.mesh.tables import milliseconds, show_table
 from headrace.cli.bench.latencies import percentile
 from headrace.client import Client, connect
 
@@ -108,20 +107,19 @@ async def _open_loop(client: Client, rate: float, seconds: float) -> list[tuple[
     return list(zip(times, (call.result() for call in calls), strict=True))
 
 
-def show(found: Sequence[Arrived]) -> None:
-    """Print the loads."""
-    show_table(
-        f"Poisson arrivals at {WORKERS} workers of {SLOTS} slots, answers of {SHORTEST} to {LONGEST} tokens",
-        (
-            *("slots in use", "requests/s", "requests", "TTFT p50 ms: measured", "simulated"),
-            *("p99 ms: measured", "simulated", "must wait (Erlang C)"),
-        ),
-        [
-            [
-                *(f"{one.share:.0%}", f"{one.rate:.1f}", str(one.requests)),
-                *(milliseconds(one.measured[0]), milliseconds(one.simulated[0])),
-                *(milliseconds(one.measured[1]), milliseconds(one.simulated[1]), f"{one.waiting:.0%}"),
-            ]
-            for one in found
-        ],
-    )
+def markdown(found: Sequence[Arrived]) -> str:
+    """Return the loads as a table."""
+    lines = [
+        "| slots in use | requests/s | requests | TTFT p50, ms: measured | simulated "
+        "| p99: measured | simulated | must wait, by Erlang C |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for one in found:
+        times = (one.measured[0], one.simulated[0], one.measured[1], one.simulated[1])
+        cells = (
+            *(f"{one.share:.0%}", f"{one.rate:.1f}", str(one.requests)),
+            *(f"{seconds * 1e3:,.0f}" for seconds in times),
+            f"{one.waiting:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -153,16 +153,19 @@ LAYOUTS = ((MODELS[1], CARDS[1]), (MODELS[2], CARDS[1]), (MODELS[1], CARDS[0]))
 
 
 def markdown(*, context: int = 2048) -> str:
-    """Return the tables of the guide to scaling; a sequence at its end has twice the mean context."""
+    """Return the table of models and cards. A sequence at its end has twice the mean *context*."""
     head = [
         "| model | weights, GB | KV memory of a token, kB | cards | KV memory: tokens "
         f"| sequences of {2 * context:,} tokens | decode, 1 / 32 sequences: tokens/s each "
         "| prefill, tokens/s |",
         "|---|--:|--:|---|--:|--:|--:|--:|",
     ]
-    rows = [_row(shape, card, context) for shape in MODELS for card in CARDS]
-    tables = [_layout_table(shape, card, 8, context) for shape, card in LAYOUTS]
-    return "\n\n".join(["\n".join([*head, *rows]), *tables]) + "\n"
+    return "\n".join([*head, *(_row(shape, card, context) for shape in MODELS for card in CARDS)]) + "\n"
+
+
+def layouts_markdown(*, context: int = 2048) -> str:
+    """Return a table of layouts for each of LAYOUTS."""
+    return "\n\n".join(_layout_table(shape, card, 8, context) for shape, card in LAYOUTS) + "\n"
 
 
 def _row(shape: Shape, card: Card, context: int) -> str:

@@ -236,27 +236,31 @@ def nonnegative_fit(rows: npt.NDArray[np.float64], wanted: npt.NDArray[np.float6
     return [float(value) for value in found]
 
 
-def show(kept: Sequence[Measured]) -> None:
-    """Print the cells as a table in Markdown, and the fitted costs."""
-    print(
+def markdown(kept: Sequence[Measured]) -> str:
+    """Return the cells as a table."""
+    head = (
         "| workers x streams | step, ms | tokens of an answer | batchers, routers | requests/s | tokens/s "
         "| TTFT p50 / p99, ms | TPOT p50, ms | cores: routers, batchers | us of a token: router, batcher "
         "| one core each is enough for tokens/s | others |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
-    for one in kept:
-        print(f"| {' | '.join(_cells(one))} |")
-    print()
+    return "\n".join([head, *(f"| {' | '.join(_cells(one))} |" for one in kept)]) + "\n"
+
+
+def fitted_markdown(kept: Sequence[Measured]) -> str:
+    """Return the fitted costs as a table, and how far the fit is from what was measured."""
+    lines = [
+        "| CPU time, us | of a request | of a message | of a token | of a second: idle | median error |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for kind in SERVICES:
         costs, idle = fit(kept, kind)
         errors = [
             abs(_predicted(one, kind, costs, idle) / one.cores[kind] - 1) for one in kept if one.requests
         ]
-        unit = "and worker " if kind == "batcher" else ""
-        print(
-            f"{kind}: {costs.request * 1e6:.0f} us of a request, {costs.message * 1e6:.0f} us of a message, "
-            f"{costs.token * 1e6:.1f} us of a token, {idle * 1e6:.0f} us per second {unit}when idle; "
-            f"median error {statistics.median(errors):.0%}"
-        )
+        spent = f"{costs.request * 1e6:,.0f} | {costs.message * 1e6:,.0f} | {costs.token * 1e6:.1f}"
+        each = " for each worker" if kind == "batcher" else ""
+        lines.append(f"| {kind} | {spent} | {idle * 1e6:,.0f}{each} | {statistics.median(errors):.0%} |")
+    return "\n".join(lines) + "\n"
 
 
 def _predicted(one: Measured, kind: str, costs: Costs, idle: float) -> float:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks.fleet import cards, costs, growth
+from benchmarks.fleet.__main__ import replaced
 from benchmarks.fleet.costs import Cell, Measured, fit, nonnegative_fit, summarize
 from benchmarks.fleet.processes import Fleet, plan
 from benchmarks.fleet.queueing import Unstable, mean_wait, probability_of_waiting, servers_for
 from benchmarks.fleet.simulation import Costs, Engine, Load, Mesh, Outcome, simulate
 from benchmarks.mesh.answers import Answer
+from benchmarks.serving.peers import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -200,10 +202,29 @@ def test_sequences_without_room_wait() -> None:
 
 
 def test_the_tables_have_all_models_and_cards() -> None:
-    tables = cards.markdown()
+    table = cards.markdown()
 
-    assert all(tables.count(f"| {shape.name} |") == len(cards.CARDS) for shape in cards.MODELS)
-    assert "4 x L4, 24 GB" in tables
+    assert all(table.count(f"| {shape.name} |") == len(cards.CARDS) for shape in cards.MODELS)
+    assert "4 x L4, 24 GB" in table
+    assert cards.layouts_markdown().count("| 8 x 1 |") == len(cards.LAYOUTS)
+
+
+def test_a_table_of_a_page_is_replaced() -> None:
+    page = "before\n<!-- one -->\n\nold\n\n<!-- end -->\nbetween\n<!-- two -->\n<!-- end -->\n"
+
+    found = replaced(page, "one", "| new |\n")
+
+    assert found == page.replace("old", "| new |")
+    assert replaced(found, "two", "x\n").endswith("<!-- two -->\n\nx\n\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="three"):
+        replaced(page, "three", "")
+
+
+def test_the_page_has_all_computed_tables_and_they_are_current() -> None:
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+
+    assert replaced(page, "cards", cards.markdown()) == page
+    assert replaced(page, "layouts", cards.layouts_markdown()) == page
 
 
 def measured(requests: float, messages: float, tokens: float, workers: int = 1, *, idle: float) -> Measured:
