@@ -16,7 +16,7 @@ from headrace.client import Client, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings as RouterSettings
 from headrace.v1 import generation_pb2 as pb
-from headrace.worker.__main__ import Worker, worker
+from headrace.worker.__main__ import Worker, engine_loop, with_faults, worker
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.interface import Engine
 from headrace.worker.settings import Settings as WorkerSettings
@@ -129,9 +129,8 @@ async def running_mesh(
 @asynccontextmanager
 async def running_worker(engine: Engine, **settings: Any) -> AsyncGenerator[Worker, None]:
     """Run a worker with *engine*."""
-    async with worker(
-        WorkerSettings(port=0, fake=True, **{"drain_seconds": 2.0, **settings}), lambda: engine, "worker"
-    ) as running:
+    given = WorkerSettings(port=0, engine="echo", **{"drain_seconds": 2.0, **settings})
+    async with worker(given, lambda: with_faults(engine_loop(engine, given), given), "worker") as running:
         yield running
 
 

@@ -213,6 +213,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | 
         log_dir=folder / system.name,
         tiers=[TierSpec(TIER)],
         fake=True,
+        echo_flags=_echo_flags(system),
         processes=1,
         tls=system.tls,
         gateway_port=0 if system.gateway else None,
@@ -227,6 +228,13 @@ def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | 
             "router": ["--auth-tokens", str(callers.file)] if callers is not None else [],
         },
     )
+
+
+def _echo_flags(system: System) -> Sequence[str]:
+    """Return the flags of a worker with an echo engine: older versions have another one."""
+    settings = system.checkout and system.checkout / "services" / "headrace" / "worker" / "settings.py"
+    older = settings is not None and "engine: Literal" not in settings.read_text()
+    return ("--fake",) if older else ("--engine", "echo")
 
 
 def _kind(name: str) -> str:

@@ -48,7 +48,7 @@ FLAGS: dict[str, Sequence[str]] = {
         *("--max-connection-age", "2"),
     ),
     BATCHER: ("--tier", "only", "--fake", "--workers", target_of(WORKER)),
-    WORKER: ("--fake", "--fake-step-seconds", "0.02", "--max-running", "64"),
+    WORKER: ("--engine", "echo", "--fake-step-seconds", "0.02", "--max-running", "64"),
 }
 
 

@@ -72,7 +72,10 @@ def combined(
         "transformers": paths(tier, transformers),
         "nameSuffix": "-small",
         "labels": [{"pairs": {"headrace/tier": "small"}, "includeSelectors": True}],
-        "configMapGenerator": [{"name": "tier", "behavior": "merge", "literals": ["HEADRACE_FAKE=true"]}],
+        "configMapGenerator": [
+            {"name": "tier", "behavior": "merge", "literals": ["HEADRACE_FAKE=true"]},
+            {"name": "worker", "behavior": "merge", "literals": ["HEADRACE_ENGINE=echo"]},
+        ],
     }
     (tier / "kustomization.yaml").write_text(yaml.safe_dump(common | of_the_tier))
     of_the_mesh = {

@@ -66,7 +66,7 @@ FILES = (
     SettingsFile(BASE / "mesh.env", ServiceSettings, only=OF_THE_MESH),
     SettingsFile(BASE / "gateway.env", GatewaySettings, without=WITH_THE_GATEWAY),
     SettingsFile(BASE / "router.env", RouterSettings, without=OF_THE_MESH),
-    SettingsFile(BASE / "tier" / "tier.env", WorkerSettings, only=OF_THE_TIER),
+    SettingsFile(BASE / "tier" / "tier.env", BatcherSettings, only=OF_THE_TIER),
     SettingsFile(
         BASE / "tier" / "batcher.env", BatcherSettings, without=OF_THE_MESH + OF_THE_TIER + FROM_THE_NAME
     ),

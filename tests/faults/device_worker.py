@@ -1,6 +1,6 @@
 """A worker process with the dice engine behind an asynchronous device, which runs one step ahead.
 
-`python -m tests.faults.device_worker --fake ...`.
+`python -m tests.faults.device_worker --engine echo ...`.
 """
 
 from __future__ import annotations

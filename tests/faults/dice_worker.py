@@ -1,4 +1,4 @@
-"""A worker process with the dice engine: `python -m tests.faults.dice_worker --fake ...`."""
+"""A worker process with the dice engine: `python -m tests.faults.dice_worker --engine echo ...`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from headrace.runtime.serving.server import run, until_signal
 from headrace.runtime.telemetry import logs
-from headrace.worker.__main__ import worker
+from headrace.worker.__main__ import engine_loop, with_faults, worker
 from headrace.worker.engine.interface import Engine
-from headrace.worker.faults import FaultPlan, FaultyEngine
+from headrace.worker.runner import Runner
+from headrace.worker.sequences import SequenceKey
 from headrace.worker.settings import Settings
 from tests.faults.dice import DiceEngine
 
@@ -21,7 +22,7 @@ async def main(settings: Settings, wrap: Callable[[DiceEngine], Engine]) -> None
     wrap   makes the worker's engine of a dice engine
     """
 
-    def load() -> Engine:
+    def load() -> Runner[SequenceKey]:
         engine = wrap(
             DiceEngine(
                 context_length=settings.context_length or 4096,
@@ -29,7 +30,7 @@ async def main(settings: Settings, wrap: Callable[[DiceEngine], Engine]) -> None
                 step_seconds=settings.fake_step_seconds,
             )
         )
-        return FaultyEngine(engine, FaultPlan.parse(settings.faults)) if settings.faults else engine
+        return with_faults(engine_loop(engine, settings), settings)
 
     async with worker(settings, load, f"{socket.gethostname()}-{os.getpid()}"):
         await until_signal()

@@ -209,7 +209,7 @@ class Plan:
     routers: int = 2
     tier: str = "only"
     worker_module: str = "tests.faults.dice_worker"
-    worker_flags: Sequence[str] = ("--fake", "--fake-step-seconds", "0.01", "--max-running", "16")
+    worker_flags: Sequence[str] = ("--engine", "echo", "--fake-step-seconds", "0.01", "--max-running", "16")
     batcher_flags: Sequence[str] = ("--fake",)
     router_flags: Sequence[str] = ()
     to_worker: dict[int, str] = field(default_factory=dict)

@@ -67,7 +67,7 @@ SMALL = Plan(
     workers=1,
     batchers=1,
     routers=1,
-    worker_flags=("--fake", "--fake-step-seconds", "0.02", "--max-running", "8"),
+    worker_flags=("--engine", "echo", "--fake-step-seconds", "0.02", "--max-running", "8"),
     batcher_flags=("--fake", "--queue-limit", "32"),
 )
 SMALL_CAPACITY = 8 / 0.02  # tokens per second, if only steps took time
@@ -142,7 +142,7 @@ async def test_callers_that_do_not_read_do_not_block_others(
         workers=1,
         batchers=1,
         routers=1,
-        worker_flags=("--fake", "--fake-step-seconds", "0.001", "--max-running", "8"),
+        worker_flags=("--engine", "echo", "--fake-step-seconds", "0.001", "--max-running", "8"),
         batcher_flags=(
             *("--fake", "--max-unread-tokens", "64", "--max-unread-seconds", "600"),
             *("--max-tokens", "3000"),

@@ -41,7 +41,7 @@ PLAN = Plan(
     batchers=1,
     routers=1,
     worker_module="headrace.worker",
-    worker_flags=("--fake", "--fake-step-seconds", "0.005", "--max-running", "16"),
+    worker_flags=("--engine", "echo", "--fake-step-seconds", "0.005", "--max-running", "16"),
 )
 
 

@@ -54,7 +54,7 @@ assert seen == [{{{one}}}] == [os.sched_getaffinity(0)], seen
 def worker(*flags: str) -> str:
     """Return the output of a worker that cannot start."""
     ended = subprocess.run(
-        [sys.executable, "-m", "headrace.worker", "--fake", "--port", "0", *flags],
+        [sys.executable, "-m", "headrace.worker", "--engine", "echo", "--port", "0", *flags],
         capture_output=True,
         text=True,
         timeout=120,

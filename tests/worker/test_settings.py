@@ -1,9 +1,15 @@
-"""The worker's settings whose defaults depend on the device."""
+"""The worker's settings that depend on the device, and on the engine."""
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+import sys
+from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from headrace.runtime.settings import complaint
 from headrace.worker.settings import Settings
 
 
@@ -25,3 +31,51 @@ def test_limits_that_are_set_hold_on_every_device(device: str) -> None:
 
 def test_exact_results_are_off_by_default() -> None:
     assert not Settings(model="m").exact
+
+
+def refused(**settings: Any) -> str:
+    with pytest.raises(ValidationError) as caught:
+        Settings(**settings)
+    return complaint(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_a_model_is_needed_unless_the_engine_only_repeats(engine: str) -> None:
+    assert "HEADRACE_MODEL is not set" in refused(engine=engine)
+    assert Settings(engine="echo").model == ""
+
+
+def test_arguments_for_vllm_are_refused_by_other_engines() -> None:
+    problem = refused(model="m", engine_args="--quantization fp8")
+
+    assert "HEADRACE_ENGINE_ARGS (or --engine-args) is for vLLM" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"dtype": "int8"}, "--quantization METHOD"),
+        ({"threads": 4}, "VLLM_CPU_OMP_THREADS_BIND"),
+        ({"engine_args": "--model=other"}, "HEADRACE_MODEL"),
+        ({"engine_args": "--scheduling_policy fcfs"}, "priorities"),
+        ({"engine_args": "--config 'a.yaml"}, "No closing quotation"),
+    ],
+)
+def test_what_vllm_does_not_have_is_refused_with_what_it_has(settings: dict[str, Any], advice: str) -> None:
+    assert advice in refused(model="m", engine="vllm", **settings)
+
+
+_ALIEN = ["numba", "gguf", "accelerate", "llguidance", "torch", "transformers", "safetensors", "vllm"]
+_IMPORT = """
+import sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import headrace.worker.__main__, headrace.worker.vllm.loading, headrace.worker.vllm.runner
+"""
+
+
+def test_a_worker_starts_without_the_dependencies_of_any_engine() -> None:
+    """An environment with vLLM has none of our engine's; each engine is imported only where it runs."""
+    done = subprocess.run([sys.executable, "-c", _IMPORT, *_ALIEN], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr

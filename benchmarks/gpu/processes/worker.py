@@ -14,8 +14,9 @@ from benchmarks.gpu.shapes import SHAPES
 from headrace.models import tokenizer_fingerprint
 from headrace.runtime.serving.server import run, until_signal
 from headrace.runtime.telemetry import logs
-from headrace.worker.__main__ import worker
-from headrace.worker.engine.interface import Engine
+from headrace.worker.__main__ import engine_loop, worker
+from headrace.worker.runner import Runner
+from headrace.worker.sequences import SequenceKey
 from headrace.worker.settings import Settings
 
 log = logging.getLogger("headrace.worker")
@@ -24,11 +25,11 @@ log = logging.getLogger("headrace.worker")
 async def main(settings: Settings) -> None:
     """Serve until a signal arrives."""
 
-    def load() -> Engine:
+    def load() -> Runner[SequenceKey]:
         from benchmarks.gpu import engines  # takes seconds, during which the server already answers
 
         folder = Path(settings.model)
-        return engines.load(
+        engine = engines.load(
             SHAPES[folder.name],
             folder,
             device=settings.device,
@@ -38,6 +39,7 @@ async def main(settings: Settings) -> None:
             progress=lambda stage: log.info("loading", extra={"stage": stage}),
             sizes=engines.Sizes(settings.max_running, settings.tokens_per_step, settings.context_length),
         )
+        return engine_loop(engine, settings)
 
     async with worker(settings, load, f"{socket.gethostname()}-{os.getpid()}"):
         await until_signal()

@@ -52,7 +52,7 @@ def start(
     step_tokens    0 for the worker's default
     prefix_cache   off by default: repetitions of a workload would hit the cache
     """
-    steps = step_tokens or Settings(fake=True).tokens_per_step
+    steps = step_tokens or Settings(engine="echo").tokens_per_step
     loop: EngineLoop[int] = EngineLoop(engine, step_tokens=steps, prefix_cache=prefix_cache)
     loop.start(report)
     return loop

@@ -131,8 +131,7 @@ def _load(settings: Settings) -> Runner[SequenceKey]:
     _progress(settings, "files")
     try:
         path = resolve(settings.model, cache)
-        fingerprint = tokenizer_fingerprint(path)
-        return (_vllm if settings.engine == "vllm" else _torch)(settings, path, fingerprint)
+        return (_vllm if settings.engine == "vllm" else _torch)(settings, path, cache)
     except (ModelUnavailable, LoadingError) as error:
         raise StartFailed(str(error)) from error
     except OSError as error:
@@ -151,14 +150,14 @@ def _echo(settings: Settings) -> Runner[SequenceKey]:
     return engine_loop(engine, settings)
 
 
-def _torch(settings: Settings, path: Path, fingerprint: str) -> Runner[SequenceKey]:
+def _torch(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
     with collection_paused():
         from headrace.worker.engine.load.loading import load_engine
 
     engine = load_engine(
         path,
         name=settings.model,
-        cache=Path(settings.cache) if settings.cache else cache_folder(),
+        cache=cache,
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads or None,
@@ -168,20 +167,21 @@ def _torch(settings: Settings, path: Path, fingerprint: str) -> Runner[SequenceK
         exact=settings.exact,
         allow_pickle=settings.allow_pickle,
         kv_memory=settings.kv_memory or None,
-        tokenizer_fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(path),
         progress=partial(_progress, settings),
         warn=_warn,
     )
     return engine_loop(engine, settings)
 
 
-def _vllm(settings: Settings, path: Path, fingerprint: str) -> Runner[SequenceKey]:
+def _vllm(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
     from headrace.worker.vllm.loading import load_runner
 
     return load_runner(
         settings,
         path,
-        tokenizer_fingerprint=fingerprint,
+        cache=cache,
+        tokenizer_fingerprint=tokenizer_fingerprint(path),
         progress=partial(_progress, settings),
         warn=_warn,
     )

@@ -21,7 +21,7 @@ from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
-from headrace.worker.__main__ import Worker, worker
+from headrace.worker.__main__ import Worker, engine_loop, worker
 from headrace.worker.credit import IDLE_CREDIT
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.settings import Settings as WorkerSettings
@@ -197,8 +197,9 @@ async def test_several_batchers_share_a_worker_and_its_queue_stays_short() -> No
 @asynccontextmanager
 async def worker_on(port: int) -> AsyncGenerator[Worker, None]:
     """Run a worker on a given port that drains only briefly."""
-    settings = WorkerSettings(port=port, fake=True, drain_seconds=0.05)
-    async with worker(settings, lambda: OracleEngine(step_seconds=0.003), f"worker-{port}") as running:
+    settings = WorkerSettings(port=port, engine="echo", drain_seconds=0.05)
+    engine = OracleEngine(step_seconds=0.003)
+    async with worker(settings, lambda: engine_loop(engine, settings), f"worker-{port}") as running:
         yield running
 
 

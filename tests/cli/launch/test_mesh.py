@@ -125,9 +125,9 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
 
     workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
 
-    for process in (*workers, *batchers):
-        assert "--fake" in process.command
-        assert "--model" not in process.command
+    assert all("--fake" in batcher.command for batcher in batchers)
+    assert all(flag(worker.command, "--engine") == "echo" for worker in workers)
+    assert all("--model" not in process.command for process in (*workers, *batchers))
     assert flag(workers[0].command, "--max-running") == "2"
     assert router.port == 5
 

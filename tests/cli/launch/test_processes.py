@@ -205,7 +205,15 @@ def test_a_missing_dependency_is_reported_with_the_install_command(tmp_path: Pat
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('not here', name='pydantic')")
 
     out = subprocess.run(
-        [sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), "headrace.worker", "--fake"],
+        [
+            sys.executable,
+            "-m",
+            "headrace.cli.launch.child",
+            str(os.getpid()),
+            "headrace.worker",
+            "--engine",
+            "echo",
+        ],
         capture_output=True,
         text=True,
         timeout=60,

@@ -81,7 +81,7 @@ def contents(engine: Engine, built: Built, service: str) -> Iterator[Check]:
 
 def echo(engine: Engine, images: Mapping[str, Built]) -> Iterator[Check]:
     """Check a mesh whose engine repeats prompts."""
-    fake = {"gateway": (), "router": (), "batcher": ("--fake",), "worker": ("--fake",)}
+    fake = {"gateway": (), "router": (), "batcher": ("--fake",), "worker": ("--engine", "echo")}
     with _mesh(engine, images, fake, {}) as (ports, checks):
         yield from checks
         for service in SERVICES:

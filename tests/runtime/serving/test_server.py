@@ -24,6 +24,8 @@ from headrace.client import connect
 from headrace.runtime.serving import server
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.runner import Runner
+from headrace.worker.sequences import SequenceKey
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh, running_worker
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -135,19 +137,20 @@ async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm(
 ) -> None:
     import threading
 
-    from headrace.worker.__main__ import worker
+    from headrace.worker.__main__ import engine_loop, worker
     from headrace.worker.settings import Settings
 
     loaded = threading.Event()
 
-    def load() -> EchoEngine:
-        assert loaded.wait(PATIENCE)
-        return EchoEngine()
-
     (port,) = reserved(1)
+    settings = Settings(port=port, engine="echo")
+
+    def load() -> Runner[SequenceKey]:
+        assert loaded.wait(PATIENCE)
+        return engine_loop(EchoEngine(), settings)
 
     async def serve() -> None:
-        async with worker(Settings(port=port, fake=True), load, "w"):
+        async with worker(settings, load, "w"):
             await asyncio.Event().wait()
 
     serving = asyncio.create_task(serve())
@@ -232,7 +235,7 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
 async def test_sigterm_drains_and_exits_0(reserved: Callable[[int], list[int]]) -> None:
     worker_port, batcher_port = reserved(2)
     worker = await start(
-        "headrace.worker", "--fake", "--port", str(worker_port), "--fake-step-seconds", "0.02"
+        "headrace.worker", "--engine", "echo", "--port", str(worker_port), "--fake-step-seconds", "0.02"
     )
     batcher = await start(
         *("headrace.batcher", "--fake", "--tier", "t", "--port", str(batcher_port)),

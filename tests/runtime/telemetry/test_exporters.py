@@ -226,7 +226,7 @@ async def started(variables: dict[str, str], until: str) -> tuple[int | None, li
     """Start a worker; return its exit code, None if it is running, and its log lines up to *until*."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "headrace.worker", "--fake", "--port", "0"),
+        *(sys.executable, "-m", "headrace.worker", "--engine", "echo", "--port", "0"),
         env={**environment, **variables},
         stderr=asyncio.subprocess.PIPE,
     )

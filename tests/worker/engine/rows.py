@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine import fixed_math
+from headrace.worker.engine.drawing.choosing import min_p_logs
 from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
-from headrace.worker.engine.sampling import Sampler, min_p_logs
+from headrace.worker.engine.sampling import Sampler
 
 EOS = 0
 

@@ -72,6 +72,7 @@ class MeshSpec:
     tiers: Sequence[TierSpec] = DEFAULT_TIERS  # smallest first
     fake: bool = False  # echo engines instead of models
     fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
+    echo_flags: Sequence[str] = ("--engine", "echo")  # of a worker with an echo engine
     port: int = 0  # of the router; 0 for a free one
     gateway_port: int | None = None  # of the gateway; 0 for a free one, None for no gateway
     metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
@@ -241,8 +242,8 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             protocol="http" if kind == "gateway" else "grpc",
         )
 
-    def engine(tier: TierSpec) -> list[str]:
-        return ["--fake"] if spec.fake else ["--model", tier.model, "--cache", str(spec.cache)]
+    def engine(tier: TierSpec, *fake: str) -> list[str]:
+        return list(fake) if spec.fake else ["--model", tier.model, "--cache", str(spec.cache)]
 
     step = ["--fake-step-seconds", str(spec.fake_step_seconds)]
     compute = step if spec.fake else ["--threads", str(_threads(spec, cores))]
@@ -254,13 +255,13 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     )
     stages = [
         [
-            process("worker", f"worker-{tier.name}", port, *engine(tier), *compute, tier=tier.name)
+            process("worker", f"worker-{tier.name}", port, *engine(tier, *spec.echo_flags), *compute, tier=tier.name)
             for tier, port in zip(spec.tiers, workers, strict=True)
         ],
         [
             process(
                 *("batcher", f"batcher{number if number > 1 else ''}-{tier.name}", port),
-                *("--tier", tier.name, "--workers", f"{HOST}:{worker}", *engine(tier)),
+                *("--tier", tier.name, "--workers", f"{HOST}:{worker}", *engine(tier, "--fake")),
                 tier=tier.name,
             )
             for tier, own, worker in zip(spec.tiers, batchers, workers, strict=True)

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from headrace.runtime.telemetry import exporters
@@ -101,11 +101,18 @@ def resource(service: str, instance: str) -> Resource:
     """Return the resource that describes this process; OTEL_* variables take precedence."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
-    names = {"service.name": f"headrace-{service}", "service.version": version("headrace")}
+    names = {"service.name": f"headrace-{service}", "service.version": _version()}
     if instance:
         names["service.instance.id"] = instance
     # Resource.create prefers its argument to OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
     return Resource.create({**names, **OTELResourceDetector().detect().attributes})
+
+
+def _version() -> str:
+    try:
+        return version("headrace")
+    except PackageNotFoundError:  # the sources are on PYTHONPATH
+        return "unknown"
 
 
 def _trace(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:

@@ -13,16 +13,16 @@ device, with the same arithmetic: equal logits give equal tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine import fixed_math
 from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
-from headrace.worker.engine.edits import Edits, Ids
+from headrace.worker.engine.drawing.choosing import min_p_logs
+from headrace.worker.engine.drawing.editing import Editor
 from headrace.worker.engine.grammar.constraints import Constraints, StepMasks
 from headrace.worker.engine.interface import Fault, Grammars, Row, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
@@ -44,8 +44,8 @@ class Sampler:
     """
 
     def __init__(self, eos_ids: frozenset[int], grammars: Grammars | None = None) -> None:
-        self._eos_ids = sorted(eos_ids)
-        self._constraints = Constraints(grammars, self._eos_ids, threads=torch.get_num_threads())
+        self._editor = Editor(eos_ids)
+        self._constraints = Constraints(grammars, sorted(eos_ids), threads=torch.get_num_threads())
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         """Sample the token at `row.stop` for each row.
@@ -153,73 +153,12 @@ class Sampler:
 
         Also returns the faults of rows whose parameters cannot be applied.
         """
-        faults: dict[int, Fault] = {}
-        edits: dict[int, Edits] = {}
-        for index, row in enumerate(rows):
-            try:
-                if (own := self._edits(row, logits.shape[1])) is not None:
-                    edits[index] = own
-            except (ValueError, OverflowError, TypeError) as error:
-                faults[index] = Fault(f"the sequence's parameters cannot be applied: {error}")
-        return (self._edited(logits, rows, edits, lifted) if edits else logits), faults
-
-    def _edited(
-        self,
-        logits: torch.Tensor,
-        rows: Sequence[Row],
-        edits: Mapping[int, Edits],
-        lifted: Collection[int],
-    ) -> torch.Tensor:
-        """Return a copy of *logits* with the edits of rows, given by index, applied."""
-        scores = logits.to(torch.float32, copy=True)
-        flat, width = scores.view(-1), scores.shape[1]
-        if biased := [i for i, own in edits.items() if len(own.bias_ids)]:
-            places = self._places(width, {i: edits[i].bias_ids for i in biased})
-            flat.scatter_add_(0, places, torch.from_numpy(np.concatenate([edits[i].biases for i in biased])))
-        if repeated := {i: own.seen.ids for i, own in edits.items() if own.seen is not None}:
-            places = self._places(width, repeated)
-            penalties = [np.float32(rows[i].params.repetition_penalty) for i in repeated]
-            penalty = torch.from_numpy(np.repeat(penalties, [len(ids) for ids in repeated.values()]))
-            seen = flat.gather(0, places)
-            flat.scatter_(0, places, torch.where(seen < 0, seen * penalty, seen / penalty))
-        if counted := {i: own.answered for i, own in edits.items() if own.answered is not None}:
-            places = self._places(width, {i: tally.ids for i, tally in counted.items()})
-            added = [
-                np.float32(-rows[i].params.frequency_penalty) * tally.counts
-                - np.float32(rows[i].params.presence_penalty)
-                for i, tally in counted.items()
-            ]
-            flat.scatter_add_(0, places, torch.from_numpy(np.concatenate(added)))
-        if banned := {
-            i: own.endings
-            for i, own in edits.items()
-            if rows[i].stop - rows[i].prompt < rows[i].params.min_tokens
-            and i not in lifted
-            and len(own.endings)
-        }:
-            flat[self._places(width, banned)] = float("-inf")
-        return scores
-
-    def _edits(self, row: Row, vocabulary: int) -> Edits | None:
-        """Return a row's edits, updated; None if it has none. Raises ValueError, see `Edits`."""
-        params = row.params
-        if not (
-            params.logit_bias
-            or params.repetition_penalty != 1
-            or params.frequency_penalty
-            or params.presence_penalty
-            or row.stop - row.prompt < params.min_tokens
-        ):
-            return None
-        edits: Edits | None = row.memo.kept
-        if edits is None or edits.known > row.stop:
-            edits = row.memo.kept = Edits(row, self._eos_ids, vocabulary)
-        edits.advance(row)
-        return edits
-
-    def _places(self, width: int, ids: Mapping[int, Ids]) -> torch.Tensor:
-        """Return the indices of the rows' ids in the flat scores; *width* is the length of a row."""
-        return torch.from_numpy(np.concatenate([own + index * width for index, own in ids.items()]))
+        numbered = dict(enumerate(rows))
+        edits, faults = self._editor.find(numbered, logits.shape[1])
+        if edits:
+            logits = logits.to(torch.float32, copy=True)
+            self._editor.apply(logits, numbered, edits, lifted)
+        return logits, faults
 
 
 def _can_do_without(row: Row) -> bool:
@@ -256,15 +195,6 @@ def _table(rows: Sequence[Row]) -> npt.NDArray[Any]:
     keys = [noise_key(row.params.seed, row.stop) if row.params.temperature > 0 else (0, 0) for row in rows]
     table["key_first"], table["key_second"] = zip(*keys, strict=True)
     return table
-
-
-def min_p_logs(min_ps: Sequence[float]) -> npt.NDArray[np.float32]:
-    """Return the least score, relative to the likeliest token's, that each min_p keeps: its logarithm."""
-    values = np.array(min_ps, np.float32)
-    if not values.any():
-        return np.full_like(values, -np.inf)
-    least = np.float32(np.finfo(np.float32).tiny)
-    return np.where(values < least, np.float32(-np.inf), fixed_math.log(np.clip(values, least, 1)))
 
 
 def _logprobs(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

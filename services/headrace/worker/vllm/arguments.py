@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from headrace.worker.settings import Settings
+from headrace.worker.vllm.log_lines import CONFIG
 
 _GIB = 2**30
 
@@ -51,8 +52,9 @@ def environment(current: Mapping[str, str], *, debug: bool) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         # The worker has resolved the name of the model to a folder.
         "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "INFO" if debug else "WARNING",
     }
+    if "VLLM_CONFIGURE_LOGGING" not in current:
+        wanted["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG)
     forced = {"VLLM_WORKER_MULTIPROC_METHOD"}
     return {name: value for name, value in wanted.items() if name in forced or name not in current}

@@ -24,15 +24,25 @@ log = logging.getLogger(__name__)
 TESTED = "0.32"  # the minor version of vLLM
 INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
 
+FEATURES = ("top_logprobs", "prompt_logprobs", "structured")
+FEATURES_WITHOUT_DRAWING = FEATURES[:2]
+
 Report = Callable[[str], None]  # receives one sentence
 
 
 def load_runner(
-    settings: Settings, folder: Path, *, tokenizer_fingerprint: str, progress: Report, warn: Report
+    settings: Settings,
+    folder: Path,
+    *,
+    cache: Path,
+    tokenizer_fingerprint: str,
+    progress: Report,
+    warn: Report,
 ) -> VllmRunner[Any]:
     """Start vLLM, load the model and return its runner; takes minutes.
 
     folder                  of the model
+    cache                   folder for files that are made once, such as parsed tokenizers
     tokenizer_fingerprint   copied to `ModelInfo`
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
@@ -44,8 +54,10 @@ def load_runner(
             f"vLLM does not read {folder}: `headrace unpack` converts a .gguf file or a default model into a "
             "folder; or use --engine torch"
         )
+    # vLLM reads them, also in the processes that it starts.
     os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
     progress("importing vLLM")
+    records = logging.getLogRecordFactory()
     version = _version(warn)
     thread = LoopThread("vllm")
     try:
@@ -54,6 +66,7 @@ def load_runner(
                 settings,
                 folder,
                 thread,
+                cache=cache,
                 version=version,
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 progress=progress,
@@ -63,6 +76,8 @@ def load_runner(
     except BaseException:
         thread.stop(1.0)
         raise
+    finally:
+        logging.setLogRecordFactory(records)  # vLLM's adds the name of its process to the worker's lines
 
 
 def _version(warn: Report) -> str:
@@ -86,6 +101,7 @@ async def _load(
     folder: Path,
     thread: LoopThread,
     *,
+    cache: Path,
     version: str,
     tokenizer_fingerprint: str,
     progress: Report,
@@ -102,7 +118,8 @@ async def _load(
         if runner is not None:
             runner.step(engine, scheduler, iteration)
 
-    parsed = _parse(arguments(settings, folder))
+    parsed = _parse(arguments(settings, folder), cache=cache)
+    drawing = parsed.logits_processors is not None
     progress(f"starting vLLM {version}, which loads {settings.model}")
     try:
         engine = AsyncLLM.from_engine_args(parsed, stat_loggers=[step_logger(step)])
@@ -119,27 +136,38 @@ async def _load(
         folder,
         version=version,
         tokenizer_fingerprint=tokenizer_fingerprint,
+        features=FEATURES if drawing else FEATURES_WITHOUT_DRAWING,
         warn=warn,
     )
     progress(f"KV memory for {model.kv_tokens} tokens")
-    cache = engine.vllm_config.cache_config
+    caches_prefixes = engine.vllm_config.cache_config.enable_prefix_caching
     runner = VllmRunner(
         engine,
         thread,
         model,
-        parameters=partial(sampling_params, eos_ids=model.eos_ids, exact=model.exact),
+        parameters=partial(
+            sampling_params,
+            eos_ids=model.eos_ids,
+            exact=model.exact,
+            vocabulary=model.vocabulary_size,
+            drawing=drawing,
+        ),
         step_tokens=engine.vllm_config.scheduler_config.max_num_batched_tokens,
-        shared_block_tokens=model.block_tokens if cache.enable_prefix_caching else 0,
+        shared_block_tokens=model.block_tokens if caches_prefixes else 0,
     )
     return runner
 
 
-def _parse(words: list[str]) -> Any:
-    """Read vLLM's arguments, and add those that the runner depends on. Raises LoadingError."""
+def _parse(words: list[str], *, cache: Path) -> Any:
+    """Read vLLM's arguments, and add those that the runner depends on. Raises LoadingError.
+
+    cache   folder for parsed tokenizers
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from headrace.worker.vllm.lifetime import EndWithParent
+    from headrace.worker.vllm.processor import CACHE, NAME
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -156,7 +184,13 @@ def _parse(words: list[str]) -> Any:
     # The runner's own logger of statistics is enough; it reports how much each step computed.
     parsed.disable_log_stats = True
     parsed.enable_logging_iteration_details = True
-    parsed.additional_config = {**(parsed.additional_config or {}), "headrace": EndWithParent("worker")}
+    parsed.additional_config = {
+        **(parsed.additional_config or {}),
+        "headrace": EndWithParent("worker"),
+        CACHE: str(cache),
+    }
+    # vLLM has no logits processors with speculative decoding.
+    parsed.logits_processors = None if parsed.speculative_config else [NAME]
     return parsed
 
 
@@ -167,6 +201,7 @@ def _model(
     *,
     version: str,
     tokenizer_fingerprint: str,
+    features: tuple[str, ...],
     warn: Report,
 ) -> ModelInfo:
     """Describe the model that vLLM has loaded."""
@@ -196,4 +231,5 @@ def _model(
         block_tokens=int(cache.block_size),
         kv_blocks=tokens // cache.block_size,
         exact=False,
+        features=features,
     )

@@ -1,10 +1,10 @@
 """Run sequences on vLLM: the `Runner` over its AsyncLLM.
 
 Everything happens on the event loop of one thread, which vLLM's output handler runs on as well. Submitted
-sequences are sent to the engine core in the order of the calls, except those with grammars, which vLLM checks
+sequences are sent to the engine core in the order of the calls, except those with grammars, which are checked
 on a thread first. After each step, `step` takes what vLLM has put into the sequences' collectors and reports
-it at once. Sequences that are cancelled, or whose deadline passes, are reported immediately; whatever vLLM still
-sends for them is dropped.
+it at once. Sequences that are cancelled, or whose deadline passes, are reported immediately; whatever vLLM
+still sends for them is dropped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class VllmRunner(Generic[K]):
         self._uncomputed = 0  # ids of sequences whose prompt is not computed
         self._began = 0.0  # when the running step began, in seconds of time.monotonic()
         self._entered = 0  # sequences submitted so far
-        self._stopping = False
+        self._stopping = False  # on the loop
+        self._stopped = False  # for callers of `stop`
 
     def start(self, report: Callable[[StepReport[K]], None]) -> None:
         """Begin to run. *report* is called on the runner's thread."""
@@ -87,7 +88,13 @@ class VllmRunner(Generic[K]):
         self._thread.call(self._guarded, self._cancel, keys)
 
     def stop(self, *, seconds: float = STOP_SECONDS) -> None:
-        """Report every sequence as cancelled, and end vLLM with its processes; blocks at most *seconds*."""
+        """Report every sequence as cancelled, and end vLLM with its processes; blocks at most *seconds*.
+
+        Further calls have no effect.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
         try:
             self._thread.run(self._stop(), seconds)
         except TimeoutError:
@@ -171,18 +178,23 @@ class VllmRunner(Generic[K]):
         if live.ended:
             return
         spec = live.spec
+        grammar = bool(spec.params.grammar)
         self._entered += 1
         try:
+            # Checking a grammar takes too long for the event loop.
+            parameters = (
+                await asyncio.to_thread(self._parameters, spec) if grammar else self._parameters(spec)
+            )
             collector = await self._engine.add_request(
                 str(self._entered),
                 _prompt(spec),
-                self._parameters(spec),
+                parameters,
                 priority=round((_URGENT - spec.priority) * _STEPS_OF_PRIORITY),
             )
         except Exception as error:
             if live.ended:
                 return
-            invalid = bool(spec.params.grammar) and isinstance(error, ValueError)
+            invalid = grammar and isinstance(error, ValueError)
             if not invalid:
                 log.exception("vLLM refuses a sequence")
             self._end([live], FinishReason.INVALID if invalid else FinishReason.FAULT, str(error))
@@ -300,12 +312,9 @@ class VllmRunner(Generic[K]):
 def _prompt(spec: SequenceSpec[K]) -> dict[str, Any]:
     """Return a sequence's ids in vLLM's form.
 
-    The scope of the prefix cache becomes vLLM's salt. Without "type", vLLM checks the parameters on a thread:
-    compiling a grammar takes too long for the event loop.
+    The scope of the prefix cache becomes vLLM's salt.
     """
-    prompt: dict[str, Any] = {"prompt_token_ids": list(spec.ids)}
-    if not spec.params.grammar:
-        prompt["type"] = "token"
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(spec.ids)}
     if spec.scope:
         prompt["cache_salt"] = spec.scope.hex()
     return prompt

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
+from headrace.worker.vllm.logprobs import answer_logprobs, prompt_logprobs
 
 NO_TIMES = SequenceTimes()
 
@@ -36,20 +37,25 @@ class LiveSequence(Generic[K]):
     def update(self, output: Any) -> SequenceUpdate[K]:
         """Translate a RequestOutput: new tokens, the end, or both."""
         part = output.outputs[0]
-        finish, fault = _finish(self.spec, part.finish_reason, answered=self.answered)
+        finish, fault = _finish(part.finish_reason)
         tokens = list(part.token_ids)
         if finish is FinishReason.STOP:
             tokens.pop()  # the token that ended the answer is not part of it
         self.cached, self.statistics = output.num_cached_tokens or 0, output.metrics
         self.computed = self.computed or bool(part.token_ids)
+        params = self.spec.params
+        logprobs, top = answer_logprobs(part.logprobs, len(tokens), top=params.top_logprobs)
         update = SequenceUpdate(
             self.spec.key,
             self.answered,
             tokens,
+            logprobs,
             cached=self.cached,
             finish=finish,
             fault=fault,
             times=NO_TIMES if finish is None else self._times(),
+            top=top,
+            prompt=prompt_logprobs(output.prompt_logprobs, top=params.prompt_logprobs or 0),
         )
         self.answered += len(tokens)
         if finish is not None:
@@ -83,7 +89,7 @@ class LiveSequence(Generic[K]):
         return SequenceTimes(own.scheduled_ts or None, own.first_token_ts or None, own.last_token_ts or None)
 
 
-def _finish(spec: SequenceSpec[K], reason: str | None, *, answered: int) -> tuple[FinishReason | None, str]:
+def _finish(reason: str | None) -> tuple[FinishReason | None, str]:
     """Return our reason for one of vLLM's, and the message of a fault."""
     if reason is None:
         return None, ""
@@ -91,7 +97,4 @@ def _finish(spec: SequenceSpec[K], reason: str | None, *, answered: int) -> tupl
         return FinishReason.STOP, ""
     if reason == "length":
         return FinishReason.LENGTH, ""
-    # Grammars are compiled in the engine core, before the first token; a second worker would fail as well.
-    if reason == "error" and spec.params.grammar and answered == spec.resumed:
-        return FinishReason.INVALID, "vLLM cannot compile the grammar"
     return FinishReason.FAULT, f"vLLM ended the sequence with {reason!r}; see its log"

@@ -16,6 +16,7 @@ import torch
 
 from headrace.grammars.matching import Bits
 from headrace.validation import MAX_BIASES, MAX_STOP_IDS
+from headrace.worker.engine.drawing.choosing import min_p_logs
 from headrace.worker.engine.edits import Edits, check_ids
 from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.gpu.cuda import to_device
@@ -25,7 +26,6 @@ from headrace.worker.engine.gpu.step_inputs import StepInputs
 from headrace.worker.engine.grammar.constraints import StepMasks
 from headrace.worker.engine.interface import Fault, Result, Row, SamplingParams, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE
-from headrace.worker.engine.sampling import min_p_logs
 
 _LARGEST = 2**31 - 1
 
