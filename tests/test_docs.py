@@ -279,7 +279,6 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 16
     assert len(shown) >= 20
     for line in shown:
         with monkeypatch.context() as environment:
