@@ -47,6 +47,7 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "router": RouterSettings,
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
+    "upstream": UpstreamSettings,
     "gateway": GatewaySettings,
     "upstream": UpstreamSettings,
 }

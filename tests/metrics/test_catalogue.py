@@ -8,24 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from headrace.metrics import catalogue, changes, rare
+from headrace.metrics import catalogue, changes, rare, upstream
 from headrace.metrics.catalogue import METRICS
 from headrace.metrics.words import LABELS
 
 PACKAGE = Path(catalogue.__file__).parent.parent
-NAMES = {id(value): name for module in (catalogue, changes) for name, value in vars(module).items()}
-# What every service runs, and what router and batcher share.
+NAMES = {id(value): name for module in (catalogue, changes, upstream) for name, value in vars(module).items()}
+# What every service runs, and what those share that answer requests.
 EVERYWHERE = [PACKAGE / "runtime"]
 SHARED = {
     "router": [PACKAGE / "metrics", PACKAGE / "multiplex", PACKAGE / "client" / "span.py"],
     "batcher": [PACKAGE / "metrics", PACKAGE / "multiplex"],
     "worker": [],
+    "upstream": [PACKAGE / "metrics", PACKAGE / "multiplex"],
     "client": [PACKAGE / "client" / "span.py"],
 }
 
 
 # They name metrics of all services.
-NO_EMITTERS = {Path(catalogue.__file__), Path(changes.__file__), Path(rare.__file__)}
+NO_EMITTERS = {Path(str(module.__file__)) for module in (catalogue, changes, upstream, rare)}
 
 
 def used_in(places: list[Path]) -> set[str]:
@@ -40,7 +41,7 @@ def used_in(places: list[Path]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("service", ["router", "batcher", "worker", "client"])
+@pytest.mark.parametrize("service", ["router", "batcher", "worker", "upstream", "client"])
 def test_each_service_emits_exactly_the_metrics_that_name_it(service: str) -> None:
     served = [PACKAGE / service, *EVERYWHERE] if service != "client" else []
     found = used_in([*served, *SHARED[service]])

@@ -54,11 +54,11 @@ async def test_an_answer_arrives_with_its_usage_and_its_model() -> None:
         await eventually(lambda: not tier.left_behind)
 
 
-def cut(size: int, **head: str) -> Script:
+def cut(size: int, kind: str = "text/event-stream") -> Script:
     """Send the usual answer in pieces of *size* bytes."""
 
     async def script(exchange: Exchange) -> None:
-        await exchange.head(**head)
+        await exchange.head(kind=kind)
         stream = b"".join(ANSWER)
         for at in range(0, len(stream), size):
             await exchange.chunk(stream[at : at + size])

@@ -1,6 +1,7 @@
 """Declare every metric that Headrace emits. docs/metrics.md is the same list, which a test holds.
 
-The metrics of changes to the routing (canary, shadow, decision log) are in `changes.py`.
+The metrics of changes to the routing (canary, shadow, decision log) are in `changes.py`, and those of HTTP
+requests to services outside of the mesh in `upstream.py`.
 
 `gen_ai.server.*` and `headrace.requests` are recorded by router, batcher and upstream, which all implement
 GenerationService: the router's are what its callers experience, with drafts, failover and other tiers. In
@@ -12,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from headrace import attributes
-from headrace.metrics import changes
+from headrace.metrics import changes, upstream
 from headrace.metrics.instruments import (
     Counter,
     CounterSeries,
@@ -273,45 +274,6 @@ FAILOVERS: Final = Counter(
     services=(ROUTER, BATCHER),
 )
 
-# Services outside of the mesh.
-UPSTREAM_DURATION: Final = Histogram(
-    "http.client.request.duration",
-    "s",
-    ("http_method", "server", "http_status", "error"),
-    "time from the start of an HTTP request to an upstream to the end of its response",
-    services=(UPSTREAM,),
-    bounds=attributes.BUCKETS_DURATION,
-)
-UPSTREAM_FIRST_BYTE: Final = Histogram(
-    "headrace.upstream.time_to_first_byte",
-    "s",
-    ("tier", "server"),
-    "time from the start of an HTTP request to an upstream to the first byte of its response's body",
-    services=(UPSTREAM,),
-    bounds=attributes.BUCKETS_TTFT,
-)
-UPSTREAM_RETRIES: Final = Counter(
-    "headrace.upstream.retries",
-    "{request}",
-    ("tier", "error"),
-    "HTTP requests that repeat one that failed before its first token, at any URL, by its error",
-    services=(UPSTREAM,),
-)
-UPSTREAM_URLS: Final = Gauge(
-    "headrace.upstream.urls",
-    "{url}",
-    ("tier", "state"),
-    "URLs of the upstream: that are used, whose circuit breaker is open, or that failed their last check",
-    services=(UPSTREAM,),
-)
-UPSTREAM_NO_USAGE: Final = Counter(
-    "headrace.upstream.usage_missing",
-    "{answer}",
-    ("tier",),
-    "complete answers for which the upstream reported no usage, so that their tokens are estimates",
-    services=(UPSTREAM,),
-)
-
 # Workers.
 RUNNING: Final = Gauge(
     "headrace.sequences.running", "{sequence}", _MODEL, "sequences in the engine's steps", services=(WORKER,)
@@ -405,4 +367,5 @@ OPEN_FILES: Final = Gauge(
 METRICS: Final[tuple[Metric[CounterSeries] | Metric[GaugeSeries] | Metric[HistogramSeries], ...]] = (
     *(value for value in globals().values() if isinstance(value, Metric)),
     *changes.METRICS,
+    *upstream.METRICS,
 )

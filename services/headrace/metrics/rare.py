@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headrace import errors
-from headrace.metrics import catalogue, changes
+from headrace.metrics import catalogue, changes, upstream
 
 _REFUSALS = (
     errors.Overloaded,
@@ -52,8 +52,8 @@ def create_for_upstream(tier: str) -> None:
     _create_refusals("", (errors.Busy,))
     _create_refusals(tier, (errors.Overloaded,))
     for kind in (errors.NoWorkers, errors.Overloaded):
-        catalogue.UPSTREAM_RETRIES.of(tier=tier, error=kind.reason)
-    catalogue.UPSTREAM_NO_USAGE.of(tier=tier)
+        upstream.RETRIES.of(tier=tier, error=kind.reason)
+    upstream.NO_USAGE.of(tier=tier)
 
 
 def create_for_worker(tier: str, model: str) -> None:

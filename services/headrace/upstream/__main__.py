@@ -17,7 +17,7 @@ import grpc
 
 from headrace.channel import is_loopback
 from headrace.client import LIST_TIERS
-from headrace.metrics import catalogue
+from headrace.metrics import upstream as metrics
 from headrace.metrics.rare import create_for_upstream
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.runtime import process_info
@@ -83,7 +83,7 @@ async def upstream(settings: Settings) -> AsyncGenerator[RunningUpstream, None]:
     )
     with ExitStack() as stack:
         for state, count in _counts(urls).items():
-            stack.enter_context(catalogue.UPSTREAM_URLS.of(tier=settings.tier, state=state).reading(count))
+            stack.enter_context(metrics.URLS.of(tier=settings.tier, state=state).reading(count))
         async with (
             http(_proxies(settings), key, settings.connect_seconds) as connections,
             asyncio.TaskGroup() as tasks,

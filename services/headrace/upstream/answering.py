@@ -17,7 +17,7 @@ from opentelemetry import trace
 from headrace import attributes, errors
 from headrace.deadline import Deadline, response_deadline
 from headrace.flushing import Flusher, LiveFlushing, chosen_flusher
-from headrace.metrics import catalogue
+from headrace.metrics import upstream as metrics
 from headrace.metrics.requests import CANCELLED, End, Timing, finish_name, record
 from headrace.multiplex.serving import Incoming, Write
 from headrace.runtime.rate import RateMeter
@@ -218,7 +218,7 @@ class Answering:
         if begun.stream.reader.usage_known:
             live.used = usage.prompt_tokens + usage.completion_tokens
         else:
-            catalogue.UPSTREAM_NO_USAGE.of(tier=self._terms.tier).add()
+            metrics.NO_USAGE.of(tier=self._terms.tier).add()
             log.warning(
                 "the upstream reported no usage",
                 extra={"url": live.url, "estimated_tokens": usage.completion_tokens},

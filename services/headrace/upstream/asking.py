@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from headrace import errors
 from headrace.deadline import Deadline
-from headrace.metrics import catalogue
+from headrace.metrics import upstream as metrics
 from headrace.upstream.attempt import AttemptLimits, Begun, attempt
 from headrace.upstream.call import Call
 from headrace.upstream.http.session import Http
@@ -73,7 +73,7 @@ class Asking:
             while url := self._urls.pick(time.monotonic(), tried, doubtful=number > 0):
                 if failure is not None:
                     self._retried()
-                    catalogue.UPSTREAM_RETRIES.of(tier=self._tier, error=failure.reason).add()
+                    metrics.RETRIES.of(tier=self._tier, error=failure.reason).add()
                 tried.append(url)
                 try:
                     return await stack.enter_async_context(

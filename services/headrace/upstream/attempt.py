@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from opentelemetry import trace
 
 from headrace import attributes, errors, propagation, statuses
-from headrace.metrics import catalogue
+from headrace.metrics import upstream as metrics
 from headrace.runtime.breaker import BreakerState
 from headrace.upstream.api.events import AnswerReader
 from headrace.upstream.api.problems import problem_of
@@ -198,7 +198,7 @@ class _Record:
     def first_byte(self, moment: float | None) -> None:
         """Record when the body began."""
         if moment is not None:
-            catalogue.UPSTREAM_FIRST_BYTE.of(tier=self._call.terms.tier, server=self._url.host).record(
+            metrics.FIRST_BYTE.of(tier=self._call.terms.tier, server=self._url.host).record(
                 moment - self._began
             )
 
@@ -232,7 +232,7 @@ class _Record:
         if self._probing:
             self._url.breaker.release_probe()
         status = str(self.status) if self.status else ""
-        catalogue.UPSTREAM_DURATION.of(
+        metrics.DURATION.of(
             http_method="POST", server=self._url.host, http_status=status, error=self._error
         ).record(time.monotonic() - self._began)
         if self.status:

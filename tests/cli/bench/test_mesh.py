@@ -17,8 +17,10 @@ from headrace.cli.bench.records import Record
 from headrace.cli.calls.connection import Connection
 from headrace.gateway.__main__ import gateway
 from headrace.gateway.settings import Settings
+from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, eventually, running_mesh
+from tests.router.fake_batchers import FakeBatcher, routed
 from tests.test_client import Reciter, calling
 
 PROMPT = Prompt((("user", "What is the capital of France?"),), 12, exact=True)
@@ -41,6 +43,28 @@ async def test_an_answer_is_recorded(mesh: Mesh) -> None:
     assert record.cached_tokens == 0
     assert backend.text_of(record) == "What is the "
     assert backend.model == "echo"
+
+
+async def test_a_text_alone_has_the_tokens_that_its_service_reports() -> None:
+    usage = pb.Usage(prompt_tokens=20, completion_tokens=9)
+    record, unreported, lost = Record(), Record(), Record()
+    for fake, made in (
+        (FakeBatcher(text_only=True, usage=usage), record),
+        (FakeBatcher(text_only=True), unreported),
+        (FakeBatcher(text_only=True, breaks=[5]), lost),
+    ):
+        async with routed(only=fake) as client:
+            asking = MeshBackend(client, where="").ask(PROMPT, made, timeout=PATIENCE)
+            if fake.breaks:
+                with pytest.raises(MeshFailed) as raised:
+                    await asking
+            else:
+                await asking
+
+    length = len(PROMPT.turns[0][1])
+    assert (record.input_tokens, record.tokens, sum(record.counts)) == (20, 9, length)
+    assert (unreported.input_tokens, unreported.tokens) == (None, length)
+    assert (raised.value.kind, sum(lost.counts)) == ("UPSTREAM_LOST", 5)
 
 
 async def test_raw_text_needs_no_template(mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from headrace.cli.calls.connection import Connection
 from headrace.cli.files.forms import read_schema, read_tools
 from headrace.client import tool
 from tests.router.answering.test_forms import CALL, FormBatcher
-from tests.router.fake_batchers import routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = tool("weather", "Returns the weather.", SCHEMA)
@@ -33,6 +33,19 @@ async def test_text_and_calls_are_the_answer_and_thoughts_are_not(capsys: pytest
     assert shown.out == ('Let me look. \nweather({"city": "Paris"})\nweather({"city": "Rome"})\n')
     assert shown.err.startswith("They ask for a city.\ntier only")
     assert list(fake.requests[0].chat.tools) == [WEATHER]
+
+
+async def test_what_was_delivered_of_an_answer_that_broke_off_is_printed_before_the_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ChatOptions(connection=CONNECTION)
+    answer = Answer()
+    async with routed(only=FakeBatcher(text_only=True, breaks=[5])) as client:
+        with pytest.raises(errors.UpstreamLost, match="broke off after about 5 tokens"):
+            await print_answer(client, request_for([("user", "Hello you")], options), options, answer)
+
+    assert capsys.readouterr().out == "Hello\n"
+    assert (answer.tokens, answer.finish) == (5, "")
 
 
 @pytest.mark.parametrize(

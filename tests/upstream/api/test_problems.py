@@ -120,7 +120,7 @@ RECORDED: list[tuple[str, type[errors.HeadraceError], str]] = [
     ("gateway/no_path", errors.NoWorkers, ""),
     ("vllm/too_long", errors.ContextTooLong, "input"),
     ("vllm/bad_value", errors.InvalidSampling, "sampling.top_p"),
-    ("vllm/bad_type", errors.InvalidRequest, ""),
+    ("vllm/bad_type", errors.InvalidSampling, "sampling.max_tokens"),
     ("vllm/no_model", errors.NoWorkers, ""),
     ("vllm/no_path", errors.NoWorkers, ""),
 ]

@@ -51,7 +51,7 @@ ROWS: list[tuple[Any, ...]] = [
     ("Sampling.temperature", sampling(temperature=0.7), *[{"temperature": 0.7}] * 3),
     ("Sampling.temperature", sampling(temperature=0), *[{"temperature": 0.0}] * 3),
     ("Sampling.temperature", sampling(), {"temperature": ABSENT}, *[{"temperature": 1.0}] * 2),
-    ("Sampling.temperature", sampling(temperature=3), REFUSED, *[{"temperature": 3.0}] * 2),
+    ("Sampling.temperature", sampling(temperature=3), REFUSED, REFUSED, {"temperature": 3.0}),
     ("Sampling.top_p", sampling(top_p=0.9), *[{"top_p": 0.9}] * 3),
     ("Sampling.top_p", sampling(), {"top_p": ABSENT}, *[{"top_p": 1.0}] * 2),
     ("Sampling.top_k", sampling(top_k=40), REFUSED, *[{"top_k": 40}] * 2),
@@ -95,7 +95,7 @@ ROWS: list[tuple[Any, ...]] = [
     ("Sampling.min_tokens", sampling(min_tokens=2), REFUSED, {"min_tokens": 2}, REFUSED),
     ("Sampling.min_tokens", sampling(min_tokens=0), *[{"min_tokens": ABSENT}] * 3),
     ("Sampling.stop", sampling(stop=["a", "b"]), *[{"stop": ["a", "b"]}] * 3),
-    ("Sampling.stop", sampling(stop=list("abcde")), REFUSED, *[{"stop": list("abcde")}] * 2),
+    ("Sampling.stop", sampling(stop=list("abcde")), REFUSED, REFUSED, {"stop": list("abcde")}),
     ("Sampling.ignore_eos", sampling(ignore_eos=True), REFUSED, *[{"ignore_eos": True}] * 2),
     ("Sampling.ignore_eos", sampling(ignore_eos=False), *[{"ignore_eos": ABSENT}] * 3),
     (

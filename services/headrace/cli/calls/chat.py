@@ -115,8 +115,8 @@ async def print_answer(
             write("\n")
         for line in answer.lines_of_calls:
             write(f"{line}\n")
-    if open_line:
-        console.print()
+        if open_line:
+            console.print()
     console.print(answer.figures(), style="dim", markup=False, soft_wrap=True)
 
 

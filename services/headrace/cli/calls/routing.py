@@ -129,7 +129,7 @@ def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
             Text(tier.name),
             Text(tier.model or "?"),
             health,
-            str(tier.limits.context_length),
+            str(tier.limits.context_length or "-"),  # of a service outside of the mesh it may be unknown
             str(tier.load.workers),
             f"{tier.load.running}/{tier.limits.max_running}",
             f"{tier.load.queued}/{tier.limits.queue_limit}",

@@ -199,7 +199,7 @@ def _invalid(said: str, report: _Report) -> errors.InvalidRequest:
 
 def _field(param: str) -> str:
     """Return the field of the contract for a parameter such as "messages[3].content"; empty if unknown."""
-    if not (found := _PLACE.match(param)):
+    if not (found := _PLACE.match(param.removeprefix("body."))):
         return ""
     name, separator, place = found[0].replace(".", "[", 1).partition("[")
     field = _FIELDS.get(name, "")

@@ -7,8 +7,8 @@ from typing import Any
 from headrace.upstream.api.terms import Api, Terms, lacks, unsupported
 from headrace.v1 import generation_pb2 as pb
 
-MAX_STOPS = 4  # of OpenAI's API
-MAX_TEMPERATURE = 2.0  # of OpenAI's API
+MAX_STOPS = 4  # of OpenAI's API, and of vLLM by default
+MAX_TEMPERATURE = 2.0  # of OpenAI's API, and of vLLM
 MAX_TEXT_LOGPROBS = 5  # of OpenAI's text completions
 
 # The largest seed, by the type that holds it: int64, and uint32 in llama.cpp, where its largest value stands
@@ -85,7 +85,7 @@ def _set_common(body: dict[str, Any], sampling: pb.Sampling, api: Api) -> None:
         elif api != "openai":
             body[field] = 1.0
         # OpenAI's default is 1, and its reasoning models reject the parameters even with that value.
-    if api == "openai" and body.get("temperature", 0.0) > MAX_TEMPERATURE:
+    if api != "llama.cpp" and body.get("temperature", 0.0) > MAX_TEMPERATURE:
         raise lacks(
             "sampling.temperature",
             f"is {body['temperature']:g}, but the service behind this tier takes at most {MAX_TEMPERATURE:g}",
@@ -96,7 +96,7 @@ def _set_common(body: dict[str, Any], sampling: pb.Sampling, api: Api) -> None:
     if sampling.HasField("seed"):
         body["seed"] = sampling.seed % _SEEDS[api]
     if sampling.stop:
-        if api == "openai" and len(sampling.stop) > MAX_STOPS:
+        if api != "llama.cpp" and len(sampling.stop) > MAX_STOPS:
             raise lacks(
                 "sampling.stop",
                 f"has {len(sampling.stop)} texts, but the service behind this tier takes at most {MAX_STOPS}",

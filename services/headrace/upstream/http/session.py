@@ -10,7 +10,6 @@ import io
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from importlib.metadata import version
 
 import aiohttp
 
@@ -22,7 +21,7 @@ from headrace.upstream.http.proxy import Proxy
 IDLE_SECONDS = 60.0
 MAX_ERROR_BYTES = 1 << 16
 MAX_BODY_BYTES = 4 << 20
-_AGENT = f"headrace/{version('headrace')}"
+_AGENT = "headrace"
 
 
 class Broken(Exception):
