@@ -35,8 +35,8 @@ from benchmarks import machine
 from benchmarks.mesh import cpu, gateway, hops, memory, paced, profiles, rates, stages
 from benchmarks.mesh.answers import WrongAnswer
 from benchmarks.mesh.stages import NoSuchProbe
-from headrace.cli.launch.tiers import BadSpec
 from headrace.cli.launch.processes import ChildDied
+from headrace.cli.launch.tiers import BadSpec
 from headrace.errors import HeadraceError
 
 # Each has `measure`, which returns its figures, and `show`, which prints them.

@@ -75,9 +75,7 @@ FILES = (
     SettingsFile(
         BASE / "tier" / "worker.env", WorkerSettings, without=OF_THE_MESH + OF_THE_TIER + FROM_THE_NAME
     ),
-    SettingsFile(
-        BASE / "upstream" / "upstream.env", UpstreamSettings, without=OF_THE_MESH + FROM_THE_NAME
-    ),
+    SettingsFile(BASE / "upstream" / "upstream.env", UpstreamSettings, without=OF_THE_MESH + FROM_THE_NAME),
 )
 HEAD = "# docs/operating.md explains these settings. Those in comments have no default.\n"
 LINE = re.compile(rf"(?P<comment># )?{PREFIX}(?P<name>\w+)=(?P<value>.*)")
