@@ -147,7 +147,7 @@ class FaultyRunner(Generic[K]):
         if plan.stall_after_tokens in numbers:
             threading.Event().wait()
         if plan.break_device_after_tokens in numbers:
-            log.error("the device is lost on purpose (--faults), the worker exits")
+            log.error("the device failed, the worker exits", extra={"reason": "on purpose (--faults)"})
             os._exit(1)
         for index, number in enumerate(numbers):
             if plan.nan_row and number % plan.nan_row == 0:

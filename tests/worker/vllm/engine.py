@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from headrace.grammars.compiling import Grammars
+from headrace.grammars.vocabulary import byte_vocabulary
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.runner import SequenceSpec, SequenceUpdate, StepReport
+from headrace.worker.vllm.drawing.following import Structure
 from headrace.worker.vllm.loop_thread import LoopThread
 from headrace.worker.vllm.runner import VllmRunner
 from tests.harness import PATIENCE
@@ -113,6 +116,7 @@ class Rig:
             parameters=parameters,
             step_tokens=64,
             shared_block_tokens=16,
+            structure=Structure(Grammars(byte_vocabulary())),
         )
         engine.output_handler = self.thread.run(_forever())
         self.runner.start(self.reports.put)

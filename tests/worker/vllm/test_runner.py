@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from headrace.deadline import NEVER, Deadline
+from headrace.grammars.forms import regex
+from headrace.worker.engine.echo import EOS_ID
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec
+from tests.harness import eventually
 from tests.worker.vllm.engine import FakeEngine, Rig, output, plain, statistics
 
 
@@ -147,11 +150,38 @@ def test_a_refused_sequence_ends_with_a_fault(rig: Rig) -> None:
 
 
 def test_a_refused_grammar_is_the_requests_fault(rig: Rig) -> None:
-    rig.engine.refusal = ValueError("no such rule")
     rig.runner.submit(spec(1, 5, grammar="start: x"))
 
     (update,) = rig.report().updates
-    assert (update.finish, update.fault) == (FinishReason.INVALID, "no such rule")
+    assert update.finish is FinishReason.INVALID
+    assert update.fault.startswith("the grammar cannot be used: ")
+    assert rig.engine.collectors == []
+
+
+def test_an_answer_follows_its_grammar(rig: Rig) -> None:
+    rig.runner.submit(spec(1, 5, *b"a", resumed=1, grammar=regex("ab|xy").text))
+    rig.thread.run(eventually(lambda: rig.engine.collectors))
+
+    assert plain(rig.step({0: output(*b"b")}).updates) == [(1, 1, [*b"b"], None)]
+    assert plain(rig.step({0: output(EOS_ID, finish="stop")}).updates) == [(1, 2, [], FinishReason.STOP)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "finish"), [(b"x", None), (b"", "stop"), (b"x", "length")], ids=["other", "early", "last"]
+)
+def test_an_answer_that_leaves_its_grammar_is_the_requests_fault(
+    rig: Rig, ids: bytes, finish: str | None
+) -> None:
+    """The processor in vLLM's process ends an answer that exceeds a limit; it cannot report why."""
+    rig.runner.submit(spec(1, 5, *b"a", resumed=1, grammar=regex("ab|xy").text))
+    rig.thread.run(eventually(lambda: rig.engine.collectors))
+
+    (update,) = rig.step({0: output(*ids, *([EOS_ID] if finish == "stop" else []), finish=finish)}).updates
+
+    assert (update.finish, list(update.token_ids)) == (FinishReason.INVALID, [])
+    assert "cannot follow its grammar" in update.fault
+    rig.settle()
+    assert rig.engine.aborted == ([] if finish else ["internal 1"])
 
 
 @pytest.mark.parametrize("reason", ["error", "abort", "repetition"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,12 @@ from typing import Any
 
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.refusals import LoadingError, one_line
-from headrace.worker.runner import ModelInfo
+from headrace.worker.engine.load.vocabulary import VocabularyReader
+from headrace.worker.runner import ModelInfo, SequenceSpec
 from headrace.worker.settings import Settings
 from headrace.worker.vllm.arguments import arguments, environment
+from headrace.worker.vllm.drawing.exactness import find_difference
+from headrace.worker.vllm.drawing.following import Structure
 from headrace.worker.vllm.loop_thread import LoopThread
 from headrace.worker.vllm.runner import VllmRunner
 
@@ -24,8 +29,7 @@ log = logging.getLogger(__name__)
 TESTED = "0.32"  # the minor version of vLLM
 INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
 
-FEATURES = ("top_logprobs", "prompt_logprobs", "structured")
-FEATURES_WITHOUT_DRAWING = FEATURES[:2]
+FEATURES = ("logprobs", "top_logprobs", "prompt_logprobs")
 
 Report = Callable[[str], None]  # receives one sentence
 
@@ -55,7 +59,8 @@ def load_runner(
             "folder; or use --engine torch"
         )
     # vLLM reads them, also in the processes that it starts.
-    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
+    debug = log.isEnabledFor(logging.DEBUG)
+    os.environ.update(environment(os.environ, debug=debug, exact=settings.exact))
     progress("importing vLLM")
     records = logging.getLogRecordFactory()
     version = _version(warn)
@@ -109,7 +114,8 @@ async def _load(
 ) -> VllmRunner[Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from headrace.worker.vllm.sampling import sampling_params
+    from headrace.worker.vllm.drawing.processor import NAME
+    from headrace.worker.vllm.drawing.sampling import sampling_params
     from headrace.worker.vllm.steps import step_logger
 
     runner: VllmRunner[Any] | None = None
@@ -119,7 +125,14 @@ async def _load(
             runner.step(engine, scheduler, iteration)
 
     parsed = _parse(arguments(settings, folder), cache=cache)
-    drawing = parsed.logits_processors is not None
+    drawing = NAME in (parsed.logits_processors or ())
+    if not drawing:
+        warn(
+            "vLLM loads no logits processor of ours with speculative decoding or VLLM_USE_V2_MODEL_RUNNER=1: "
+            "structured output, temperatures above 2, --exact, and resuming answers with presence or "
+            "frequency penalty are not available"
+        )
+    vocabulary_reader = VocabularyReader(folder, cache) if drawing else None
     progress(f"starting vLLM {version}, which loads {settings.model}")
     try:
         engine = AsyncLLM.from_engine_args(parsed, stat_loggers=[step_logger(step)])
@@ -136,26 +149,47 @@ async def _load(
         folder,
         version=version,
         tokenizer_fingerprint=tokenizer_fingerprint,
-        features=FEATURES if drawing else FEATURES_WITHOUT_DRAWING,
         warn=warn,
     )
     progress(f"KV memory for {model.kv_tokens} tokens")
+    grammars = None
+    if vocabulary_reader is not None:
+        vocabulary_reader.make(size=model.vocabulary_size, eos_ids=model.eos_ids)
+        grammars = await asyncio.to_thread(vocabulary_reader.grammars, warn)
+    if grammars is not None:
+        model = replace(model, features=(*model.features, "structured"))
+    parameters = partial(
+        sampling_params,
+        eos_ids=model.eos_ids,
+        exact=settings.exact,
+        vocabulary=model.vocabulary_size,
+        drawing=drawing,
+    )
+    if settings.exact and drawing:
+        progress("checking whether answers are exact")
+        model = replace(model, exact=await _is_exact(engine, parameters, model, warn))
     caches_prefixes = engine.vllm_config.cache_config.enable_prefix_caching
     runner = VllmRunner(
         engine,
         thread,
         model,
-        parameters=partial(
-            sampling_params,
-            eos_ids=model.eos_ids,
-            exact=model.exact,
-            vocabulary=model.vocabulary_size,
-            drawing=drawing,
-        ),
+        parameters=parameters,
         step_tokens=engine.vllm_config.scheduler_config.max_num_batched_tokens,
         shared_block_tokens=model.block_tokens if caches_prefixes else 0,
+        structure=Structure(grammars),
     )
     return runner
+
+
+async def _is_exact(
+    engine: Any, parameters: Callable[[SequenceSpec[Any]], Any], model: ModelInfo, warn: Report
+) -> bool:
+    difference = await find_difference(
+        engine, parameters, vocabulary=model.vocabulary_size, context_length=model.context_length
+    )
+    if difference:
+        warn(f"answers are repeated at best effort only: {difference} differed from the same answer alone")
+    return not difference
 
 
 def _parse(words: list[str], *, cache: Path) -> Any:
@@ -166,8 +200,8 @@ def _parse(words: list[str], *, cache: Path) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from headrace.worker.vllm.drawing.processor import CACHE, NAME
     from headrace.worker.vllm.lifetime import EndWithParent
-    from headrace.worker.vllm.processor import CACHE, NAME
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
@@ -189,8 +223,9 @@ def _parse(words: list[str], *, cache: Path) -> Any:
         "headrace": EndWithParent("worker"),
         CACHE: str(cache),
     }
-    # vLLM has no logits processors with speculative decoding.
-    parsed.logits_processors = None if parsed.speculative_config else [NAME]
+    # vLLM has no logits processors with speculative decoding, and its second runner has others.
+    if not parsed.speculative_config and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        parsed.logits_processors = [*(parsed.logits_processors or ()), NAME]
     return parsed
 
 
@@ -201,7 +236,6 @@ def _model(
     *,
     version: str,
     tokenizer_fingerprint: str,
-    features: tuple[str, ...],
     warn: Report,
 ) -> ModelInfo:
     """Describe the model that vLLM has loaded."""
@@ -231,5 +265,5 @@ def _model(
         block_tokens=int(cache.block_size),
         kv_blocks=tokens // cache.block_size,
         exact=False,
-        features=features,
+        features=FEATURES,
     )

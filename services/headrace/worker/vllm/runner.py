@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic
 
+from headrace.grammars.compiling import GrammarProblem
 from headrace.worker.runner import (
     FinishReason,
     K,
@@ -25,6 +26,7 @@ from headrace.worker.runner import (
     SequenceUpdate,
     StepReport,
 )
+from headrace.worker.vllm.drawing.following import Structure
 from headrace.worker.vllm.loop_thread import LoopThread
 from headrace.worker.vllm.sequence import LiveSequence
 from headrace.worker.vllm.step_totals import StepTotals
@@ -44,6 +46,7 @@ class VllmRunner(Generic[K]):
     parameters            translates a sequence's parameters into vLLM's
     step_tokens           most tokens that one step computes
     shared_block_tokens   granularity of the prefix cache; 0 if there is none
+    structure             follows structured answers
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class VllmRunner(Generic[K]):
         parameters: Callable[[SequenceSpec[K]], Any],
         step_tokens: int,
         shared_block_tokens: int,
+        structure: Structure,
     ) -> None:
         self.model = model
         self.step_tokens = step_tokens
@@ -62,6 +66,7 @@ class VllmRunner(Generic[K]):
         self._engine = engine
         self._thread = thread
         self._parameters = parameters
+        self._structure = structure
         self._report: Callable[[StepReport[K]], None] = _discard
         self._live: dict[K, LiveSequence[K]] = {}
         self._entering: deque[LiveSequence[K]] = deque()
@@ -178,26 +183,24 @@ class VllmRunner(Generic[K]):
         if live.ended:
             return
         spec = live.spec
-        grammar = bool(spec.params.grammar)
         self._entered += 1
         try:
-            # Checking a grammar takes too long for the event loop.
-            parameters = (
-                await asyncio.to_thread(self._parameters, spec) if grammar else self._parameters(spec)
-            )
+            if spec.params.grammar:
+                live.follower = await self._structure.follower(spec)
             collector = await self._engine.add_request(
                 str(self._entered),
                 _prompt(spec),
-                parameters,
+                self._parameters(spec),
                 priority=round((_URGENT - spec.priority) * _STEPS_OF_PRIORITY),
             )
         except Exception as error:
             if live.ended:
                 return
-            invalid = grammar and isinstance(error, ValueError)
-            if not invalid:
-                log.exception("vLLM refuses a sequence")
-            self._end([live], FinishReason.INVALID if invalid else FinishReason.FAULT, str(error))
+            if isinstance(error, GrammarProblem):
+                self._end([live], FinishReason.INVALID, f"the grammar cannot be used: {error}")
+                return
+            log.exception("vLLM refuses a sequence")
+            self._end([live], FinishReason.FAULT, str(error))
             return
         live.collector = collector
         if live.ended:  # meanwhile
@@ -237,6 +240,8 @@ class VllmRunner(Generic[K]):
             self._prompt_done(live)
         if live.ended:
             self._forget(live)
+            if output.outputs[0].finish_reason is None and not self._stopping:  # its grammar is to blame
+                self._spawn(self._engine.abort([live.collector.request_id], internal=True))
         return update
 
     def _forget(self, live: LiveSequence[K]) -> None:
@@ -264,6 +269,7 @@ class VllmRunner(Generic[K]):
     async def _stop(self) -> None:
         self._stopping = True
         self._entering.clear()
+        self._structure.close()
         self._end(list(self._live.values()), FinishReason.CANCELLED)
         self._engine.output_handler.cancel()  # it would log the end of the engine core as a failure
         # On another thread: vLLM closes its sockets on this loop.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
+from headrace.worker.vllm.drawing.following import Follower
 from headrace.worker.vllm.logprobs import answer_logprobs, prompt_logprobs
 
 NO_TIMES = SequenceTimes()
@@ -18,6 +19,7 @@ class LiveSequence(Generic[K]):
 
     collector    vLLM's RequestOutputCollector, which has the new outputs; None until vLLM has the sequence
     timer        ends it at its deadline
+    follower     of a structured answer
     answered     number of answer tokens so far, resumed ones included
     computed     whether its prompt is computed: a token has arrived
     cached       number of submitted ids that the prefix cache held
@@ -29,6 +31,7 @@ class LiveSequence(Generic[K]):
     answered: int
     collector: Any = None
     timer: asyncio.TimerHandle | None = None
+    follower: Follower | None = None
     computed: bool = False
     cached: int = 0
     statistics: Any = None
@@ -39,8 +42,10 @@ class LiveSequence(Generic[K]):
         part = output.outputs[0]
         finish, fault = _finish(part.finish_reason)
         tokens = list(part.token_ids)
-        if finish is FinishReason.STOP:
-            tokens.pop()  # the token that ended the answer is not part of it
+        # The token that ended the answer is not part of it.
+        end = tokens.pop() if finish is FinishReason.STOP else None
+        if self.follower is not None and (problem := self.follower.problem(tokens, end)):
+            finish, fault, tokens = FinishReason.INVALID, problem, []
         self.cached, self.statistics = output.num_cached_tokens or 0, output.metrics
         self.computed = self.computed or bool(part.token_ids)
         params = self.spec.params

@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from headrace.worker.engine.drawing.batch import Drawn, DrawnBatch
 from headrace.worker.engine.load.identity import read_eos_ids
 from headrace.worker.engine.load.vocabulary import VocabularyReader
-from headrace.worker.vllm.handover import unpacked
+from headrace.worker.vllm.drawing.handover import unpacked
 
 if TYPE_CHECKING:
     import torch

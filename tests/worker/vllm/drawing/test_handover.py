@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.worker.runner import SamplingParams, SequenceSpec
-from headrace.worker.vllm.handover import packed, unpacked
+from headrace.worker.vllm.drawing.handover import packed, unpacked
 
 PARAMS = st.builds(
     SamplingParams,

@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from headrace.worker.engine.noise import noise_key
 from headrace.worker.runner import K, SamplingParams, SequenceSpec
-from headrace.worker.vllm.handover import packed
+from headrace.worker.vllm.drawing.handover import packed
 
 GREEDY_BELOW = 1e-5  # temperatures, as in vLLM and in the contract
 COOLEST, HOTTEST = 0.01, 2.0  # other temperatures than these vLLM raises or refuses
