@@ -199,7 +199,7 @@ class FeedbackQuota(Overloaded):
 
 
 class TenantQuota(Overloaded):
-    """A limit of the tenant is reached. Retry after the delay. `subject` and `limit` are sent as QuotaFailure."""
+    """A limit of the tenant is reached; retry after the delay. `subject` and `limit`: sent as QuotaFailure."""
 
     reason = "TENANT_QUOTA"
 
