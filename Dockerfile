@@ -2,8 +2,10 @@
 #   docker build --target gateway -t headrace-gateway:0.1.0 .
 #   docker build --target router -t headrace-router:0.1.0 .
 #   docker build --target batcher -t headrace-batcher:0.1.0 .
+#   docker build --target upstream -t headrace-upstream:0.1.0 .
 #   docker build --target worker -t headrace-worker:0.1.0 .          (computes on CPUs)
 #   docker build --target worker-gpu -t headrace-worker-gpu:0.1.0 .
+#   docker build --target worker-vllm -t headrace-worker-vllm:0.1.0 .          (vLLM, on GPUs)
 # Packages are installed by hash, from k8s/images/*.txt. The images have no shell and no other program than Python;
 # `kubectl debug --image` adds a container with tools to a pod. `make images` builds and tries them.
 
@@ -11,6 +13,9 @@
 #   docker buildx imagetools inspect python:3.12-slim-trixie
 # There is no tag in the name, because podman and buildah before 2024 refuse a name with both.
 ARG PYTHON_IMAGE=docker.io/library/python@sha256:05cda9777409a9c3ffddd94a4c476b79f0769a0b4857f0c7ed9226b6800b0d6f
+# vLLM's official image, by tag: pin it by the digest that `docker buildx imagetools inspect` prints for your registry.
+# Its Python must be 3.11 or newer; docs/vllm.md lists the tested versions of vLLM.
+ARG VLLM_IMAGE=docker.io/vllm/vllm-openai:v0.32.0
 # More arguments of pip, such as an index; the CPU builds of torch come from this one.
 ARG PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -61,6 +66,12 @@ COPY k8s/images/batcher.txt ./
 ARG PIP_ARGS
 RUN --mount=type=cache,target=/root/.cache/pip python packages.py batcher.txt dist/*.whl batcher ${PIP_ARGS} \
  && python sbom.py batcher /root-of-image /opt/headrace/packages /opt/headrace/app > /opt/headrace/app/sbom.cdx.json
+
+FROM packages AS upstream-packages
+COPY k8s/images/upstream.txt ./
+ARG PIP_ARGS
+RUN --mount=type=cache,target=/root/.cache/pip python packages.py upstream.txt dist/*.whl upstream ${PIP_ARGS} \
+ && python sbom.py upstream /root-of-image /opt/headrace/packages /opt/headrace/app > /opt/headrace/app/sbom.cdx.json
 
 FROM packages AS worker-packages
 COPY k8s/images/worker.txt ./
@@ -120,6 +131,15 @@ COPY --from=batcher-packages /opt/headrace/app /opt/headrace/app
 EXPOSE 50052
 ENTRYPOINT ["python", "-m", "headrace.batcher"]
 
+FROM service AS upstream
+LABEL org.opencontainers.image.title="headrace-upstream" \
+      org.opencontainers.image.description="Headrace's upstream: it asks a service with OpenAI's API for the answers of a tier."
+COPY --from=upstream-packages /opt/headrace/packages /opt/headrace/packages
+COPY --from=upstream-packages /opt/headrace/bytecode /opt/headrace/bytecode
+COPY --from=upstream-packages /opt/headrace/app /opt/headrace/app
+EXPOSE 50054
+ENTRYPOINT ["python", "-m", "headrace.upstream"]
+
 FROM service AS worker
 LABEL org.opencontainers.image.title="headrace-worker" \
       org.opencontainers.image.description="Headrace's worker: it computes with one model on CPUs."
@@ -155,3 +175,35 @@ COPY --from=worker-gpu-packages /opt/headrace/app /opt/headrace/app
 USER 10001:10001
 EXPOSE 50053
 ENTRYPOINT ["python", "-m", "headrace.worker"]
+
+# vLLM with its packages as they are. Those that Headrace needs besides are installed for vLLM's Python: what is there
+# already, in a version that Headrace supports, stays.
+# hadolint ignore=DL3006
+FROM ${VLLM_IMAGE} AS worker-vllm
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore \
+    SOURCE_DATE_EPOCH=315532800
+WORKDIR /build
+COPY k8s/images/worker-vllm.txt k8s/images/vllm_packages.py ./
+COPY --from=wheel /build/dist dist
+ARG PIP_ARGS
+RUN --mount=type=cache,target=/root/.cache/pip python3 vllm_packages.py worker-vllm.txt dist/*.whl ${PIP_ARGS} \
+ && rm -rf /build/* \
+ && groupadd --gid 10001 headrace && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home headrace \
+ && install -d -o headrace -g headrace /var/cache/headrace
+ENV PYTHONPATH=/opt/headrace/app:/opt/headrace/packages \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    HEADRACE_HOST=0.0.0.0 \
+    HEADRACE_CACHE=/var/cache/headrace
+ARG REVISION=unknown
+LABEL org.opencontainers.image.vendor="Headrace" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.title="headrace-worker-vllm" \
+      org.opencontainers.image.description="Headrace's worker: it computes with one model on vLLM."
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 50053
+ENTRYPOINT ["python3", "-m", "headrace.worker", "--engine", "vllm"]

@@ -22,13 +22,16 @@ VLLM_UNWANTED := torchvision torchaudio torchcodec
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest test-vllm tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo demo-tiers up test test-oldest test-vllm tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed prompts, show answers and figures
 	headrace demo
+
+demo-tiers: $(STARTABLE) $(VLLM)/.installed ## the same with three tiers: our engine, vLLM (3 GB), and a service at a URL (UPSTREAM=MODEL@URL: at yours)
+	python -m benchmarks.tiers_demo --vllm-python $(VLLM)/bin/python $(if $(UPSTREAM),--upstream $(UPSTREAM))
 
 up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
@@ -119,7 +122,7 @@ INSTALL = $(BIN)/python -m pip install $(PIP_ARGS) --no-compile --no-build-isola
 
 $(SERVICES): $(VENV)/.pip
 	@echo "installing into $(VENV): torch and transformers are large, this takes a minute or several"
-	$(INSTALL) --editable '.[router,batcher,worker,gateway,cli]'
+	$(INSTALL) --editable '.[router,batcher,worker,gateway,upstream,cli]'
 	$(BIN)/python -m headrace.cli.launch.precompile
 	touch $@
 

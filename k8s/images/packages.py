@@ -40,6 +40,7 @@ _STARTS = {
     "gateway": ("headrace.gateway.__main__", "uvloop", "uvicorn.protocols.http.httptools_impl"),
     "router": ("headrace.router.__main__", "uvloop"),
     "batcher": ("headrace.batcher.__main__", "uvloop", "tokenizers", "jinja2.sandbox"),
+    "upstream": ("headrace.upstream.__main__", "uvloop"),
     "worker": ("headrace.worker.__main__", "uvloop", "headrace.worker.engine.load.loading"),
 }
 

@@ -36,6 +36,11 @@ OF_OVERLAYS = (
 )
 OF_TIERS = ("model-cache", "model-image", "tokenizer-image", "autoscaling/tier")
 TRANSFORMERS = ("tier-name", "autoscaling/to-zero")
+# Of a tier, each in place of its worker, and what a tier with one sets.
+INSTEAD_OF_WORKERS = {
+    "vllm": "--tensor-parallel-size 1",
+    "vllm-multinode": "--tensor-parallel-size 8 --pipeline-parallel-size 2",
+}
 
 
 def render(folder: Path) -> list[Resource]:
@@ -58,13 +63,19 @@ def overlay(name: str) -> tuple[Resource, ...]:
 def combined(
     folder: Path, of_overlay: Sequence[str], of_tier: Sequence[str] = (), transformers: Sequence[str] = ()
 ) -> list[Resource]:
-    """Render a mesh of one tier with the given components. *folder* is empty, for its files."""
+    """Render a mesh of a tier and an upstream with the given components. *folder* is empty, for its files."""
 
     def paths(start: Path, names: Iterable[str]) -> list[str]:
         return [os.path.relpath(K8S / "components" / name, start.resolve()) for name in names]
 
-    tier = folder / "small"
+    engines = [INSTEAD_OF_WORKERS[name] for name in of_tier if name in INSTEAD_OF_WORKERS]
+    # By ConfigMap: echo engines, which need no model, or vLLM.
+    literals = {"batcher": "HEADRACE_FAKE=true", "worker": "HEADRACE_ENGINE=echo"}
+    if engines:
+        literals = {"tier": "HEADRACE_MODEL=org/model", "worker": f"HEADRACE_ENGINE_ARGS={engines[0]}"}
+    tier, upstream = folder / "small", folder / "cloud"
     tier.mkdir()
+    upstream.mkdir()
     common = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     of_the_tier = {
         "resources": [os.path.relpath(K8S / "base" / "tier", tier.resolve())],
@@ -73,20 +84,34 @@ def combined(
         "nameSuffix": "-small",
         "labels": [{"pairs": {"headrace/tier": "small"}, "includeSelectors": True}],
         "configMapGenerator": [
-            {"name": "tier", "behavior": "merge", "literals": ["HEADRACE_FAKE=true"]},
-            {"name": "worker", "behavior": "merge", "literals": ["HEADRACE_ENGINE=echo"]},
+            {"name": name, "behavior": "merge", "literals": [literal]} for name, literal in literals.items()
         ],
     }
     (tier / "kustomization.yaml").write_text(yaml.safe_dump(common | of_the_tier))
+    of_the_upstream = {
+        "resources": [os.path.relpath(K8S / "base" / "upstream", upstream.resolve())],
+        "nameSuffix": "-cloud",
+        "labels": [{"pairs": {"headrace/tier": "cloud"}, "includeSelectors": True}],
+        "configMapGenerator": [
+            {
+                "name": "upstream",
+                "behavior": "merge",
+                "literals": ["HEADRACE_URL=https://api.example.com/v1", "HEADRACE_MODEL=big"],
+            }
+        ],
+    }
+    (upstream / "kustomization.yaml").write_text(yaml.safe_dump(common | of_the_upstream))
     of_the_mesh = {
         "namespace": "headrace",
-        "resources": [os.path.relpath(K8S / "base", folder.resolve()), "small"],
+        "resources": [os.path.relpath(K8S / "base", folder.resolve()), "small", "cloud"],
         "components": paths(folder, of_overlay),
         "configMapGenerator": [
             {
                 "name": "router",
                 "behavior": "merge",
-                "literals": ["HEADRACE_TIERS=small=dns:///batcher-small:50052"],
+                "literals": [
+                    "HEADRACE_TIERS=small=dns:///batcher-small:50052,cloud=dns:///batcher-cloud:50054"
+                ],
             }
         ],
     }
@@ -100,9 +125,23 @@ def of_kind(resources: Iterable[Resource], kind: str) -> dict[str, Resource]:
 
 
 def services(resources: Iterable[Resource]) -> dict[str, Resource]:
-    """Return the Deployments of gateways, routers, batchers and workers by name."""
-    deployments = of_kind(resources, "Deployment")
-    return {name: each for name, each in deployments.items() if container(each)["name"] in SETTINGS}
+    """Return what runs gateways, routers, batchers, upstreams and workers, by name."""
+    found = workloads(resources)
+    return {name: each for name, each in found.items() if container(each)["name"] in SETTINGS}
+
+
+def workloads(resources: Iterable[Resource]) -> dict[str, Resource]:
+    """Return what runs pods without end, by name; of groups of pods, the leader runs a service."""
+    kinds = ("Deployment", "StatefulSet", "LeaderWorkerSet")
+    return {name: each for kind in kinds for name, each in of_kind(resources, kind).items()}
+
+
+def template(workload: Resource) -> Resource:
+    """Return the template of a workload's pods; of a group's, that of the leader."""
+    spec = workload["spec"]
+    found = spec["template"] if "template" in spec else spec["leaderWorkerTemplate"]["leaderTemplate"]
+    assert isinstance(found, dict)
+    return found
 
 
 def container(deployment: Resource) -> Resource:
@@ -113,8 +152,8 @@ def container(deployment: Resource) -> Resource:
 
 
 def pod(deployment: Resource) -> Resource:
-    """Return the spec of a Deployment's pods."""
-    spec = deployment["spec"]["template"]["spec"]
+    """Return the spec of a workload's pods."""
+    spec = template(deployment)["spec"]
     assert isinstance(spec, dict)
     return spec
 
@@ -124,7 +163,7 @@ def environment(resources: Iterable[Resource], deployment: Resource) -> dict[str
     maps = of_kind(resources, "ConfigMap")
     found: dict[str, str] = {}
     for source in container(deployment).get("envFrom", ()):
-        found |= maps[source["configMapRef"]["name"]]["data"]
+        found |= maps[source["configMapRef"]["name"]].get("data", {})
     defined: dict[str, str] = {}  # `$(NAME)` refers to variables of `env` before it
     for variable in container(deployment).get("env", ()):
         defined[variable["name"]] = _value(variable, deployment, defined)
@@ -135,10 +174,12 @@ def _value(variable: Mapping[str, Any], deployment: Resource, defined: Mapping[s
     if "value" in variable:
         return re.sub(r"\$\((\w+)\)", lambda match: defined.get(match[1], match[0]), variable["value"])
     path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    if path == "status.podIP":
+        return "10.0.0.1"
     if path in ("metadata.name", "metadata.namespace"):
         return str(deployment["metadata"][path.removeprefix("metadata.")])
     match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
     assert match, path
-    label = deployment["spec"]["template"]["metadata"]["labels"][match[1]]
+    label = template(deployment)["metadata"]["labels"][match[1]]
     assert isinstance(label, str)
     return label

@@ -45,7 +45,7 @@ WITH_THE_GATEWAY = tuple(
     for name, field in GatewaySettings.model_fields.items()
     if name in OF_THE_MESH and field.default == ServiceSettings.model_fields[name].default
 )
-OF_THE_TIER = ("model", "fake")
+OF_THE_TIER = ("model",)
 FROM_THE_NAME = ("tier", "workers")
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import runpy
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -20,7 +21,9 @@ LOCKS = {
     "gateway": "gateway",
     "router": "router",
     "batcher": "batcher",
+    "upstream": "upstream",
     "worker": "worker",
+    "worker-vllm": "server",
     "worker-gpu": "worker",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -98,7 +101,7 @@ def test_every_package_of_an_image_has_a_hash(lock: str) -> None:
     ("lock", "absent"),
     [
         *(("gateway", "torch"), ("gateway", "numpy"), ("router", "torch"), ("router", "starlette")),
-        *(("batcher", "torch"), ("worker", "triton")),
+        *(("batcher", "torch"), ("worker", "triton"), ("upstream", "numpy"), ("worker-vllm", "torch")),
     ],
 )
 def test_images_do_not_have_what_only_other_services_need(lock: str, absent: str) -> None:
@@ -115,6 +118,29 @@ def test_each_image_has_bytecode_of_what_its_service_imports_first() -> None:
     for service, (first, *others) in starts.items():
         assert first == f"headrace.{service}.__main__"
         assert all(importlib.util.find_spec(name) for name in others)
+
+
+def test_an_image_with_vllm_keeps_its_packages_unless_they_are_too_old(tmp_path: Path) -> None:
+    """PYTHONPATH precedes the image's own packages, so ours would replace what vLLM was tested with."""
+    found = runpy.run_path(str(ROOT / "k8s" / "images" / "vllm_packages.py"))
+    wheel = tmp_path / "headrace-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            "headrace-0.1.0.dist-info/METADATA",
+            "Name: headrace\n"
+            "Requires-Dist: grpcio<2,>=1.85.1\n"
+            'Requires-Dist: pydantic-settings<3,>=2.14; extra == "server"\n'
+            'Requires-Dist: headrace[jwt,server]; extra == "router"\n'
+            'Requires-Dist: starlette<2,>=1.0; extra == "gateway"\n',
+        )
+
+    wanted = found["supported"](str(wheel))
+
+    assert wanted == {"grpcio": "<2,>=1.85.1", "pydantic-settings": "<3,>=2.14"}
+    assert found["is_there"]("grpcio==1.85.1 \\", wanted)
+    assert found["is_there"]("typing_extensions==4 ; python_version < '4'", wanted), "any version will do"
+    assert not found["is_there"]("grpcio==1.85.1", {"grpcio": ">=99"})
+    assert not found["is_there"]("no-such-package==1", wanted)
 
 
 def test_the_dockerfile_has_a_target_for_each_service_and_its_base_by_digest() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tests.deploy import tools
-from tests.deploy.rendering import OF_OVERLAYS, OF_TIERS, TRANSFORMERS, combined, overlay
+from tests.deploy.rendering import OF_OVERLAYS, OF_TIERS, TRANSFORMERS, combined, overlay, template
 from tests.deploy.settings_files import K8S
 
 WAIVERS: dict[str, dict[str, str]] = tomllib.loads((K8S / "waivers.toml").read_text())
@@ -44,13 +44,26 @@ def checkov(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def as_deployments(resource: dict[str, Any]) -> dict[str, Any]:
+    """Return a group of pods as the Deployment of its leader, which checkov knows; others as they are."""
+    if resource["kind"] != "LeaderWorkerSet":
+        return resource
+    pods = template(resource)
+    spec = {"selector": {"matchLabels": pods["metadata"]["labels"]}, "template": pods}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": resource["metadata"], "spec": spec}
+
+
 def test_checkov_finds_only_what_is_waived(tmp_path: Path) -> None:
     manifests = tmp_path / "manifests"
     manifests.mkdir()
-    (manifests / "gpu.yaml").write_text(yaml.safe_dump_all(overlay("gpu")))
+    for name in ("gpu", "gpu-vllm"):
+        (manifests / f"{name}.yaml").write_text(yaml.safe_dump_all(overlay(name)))
     (tmp_path / "combined").mkdir()
     everything = combined(tmp_path / "combined", OF_OVERLAYS, OF_TIERS, TRANSFORMERS)
     (manifests / "everything.yaml").write_text(yaml.safe_dump_all(everything))
+    (tmp_path / "groups").mkdir()
+    groups = combined(tmp_path / "groups", OF_OVERLAYS, ["vllm-multinode"])
+    (manifests / "groups.yaml").write_text(yaml.safe_dump_all(map(as_deployments, groups)))
 
     found = checkov(manifests)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from headrace.runtime.serving.server import LIVENESS, READINESS
 from tests.deploy.rendering import (
+    INSTEAD_OF_WORKERS,
     OF_OVERLAYS,
     OF_TIERS,
     OVERLAYS,
@@ -24,6 +27,8 @@ from tests.deploy.rendering import (
     overlay,
     pod,
     services,
+    template,
+    workloads,
 )
 from tests.deploy.settings_files import K8S, SETTINGS
 
@@ -78,7 +83,7 @@ def test_every_component_is_tested() -> None:
     }
 
     nested = {"telemetry/rules", "telemetry/dashboards"}  # of the component telemetry
-    assert found == {*OF_OVERLAYS, *OF_TIERS, *TRANSFORMERS, *nested}
+    assert found == {*OF_OVERLAYS, *OF_TIERS, *TRANSFORMERS, *INSTEAD_OF_WORKERS, *nested}
     assert set(SEEN) == {*OF_OVERLAYS, *OF_TIERS}
 
 
@@ -113,6 +118,84 @@ def test_all_components_render_together(tmp_path: Path) -> None:
     check_names(found)
 
 
+@pytest.mark.parametrize("name", INSTEAD_OF_WORKERS)
+def test_workers_on_vllm_replace_those_of_the_base_and_have_what_others_have(
+    name: str, tmp_path: Path
+) -> None:
+    found = combined(tmp_path, [each for each in OF_OVERLAYS if each != "gpu"], [name])
+
+    check_pods(found)
+    check_names(found)
+    assert "worker-small" not in of_kind(found, "Deployment")
+    worker = workloads(found)["worker-small"]
+    assert environment(found, worker)["HEADRACE_ENGINE"] == "vllm"
+    assert {"tls", "shm", "cache"} <= mounted(worker)
+    assert "metrics" in {each["name"] for each in container(worker)["ports"]}
+    assert pod(worker)["priorityClassName"] == "headrace"
+    assert labels_of(worker)["headrace/tier"] == "small"
+    assert of_kind(found, "Service")["worker-small"]["spec"]["selector"].items() <= labels_of(worker).items()
+
+
+def test_each_gpu_of_a_pod_has_a_rank_of_tensor_parallelism(tmp_path: Path) -> None:
+    (multinode := tmp_path / "multinode").mkdir()
+    groups = combined(multinode, [], ["vllm-multinode"])
+    workers = [
+        *((list(overlay("gpu-vllm")), f"worker-{tier}") for tier in ("small", "large")),
+        (groups, "worker-small"),
+    ]
+    for found, name in workers:
+        worker = workloads(found)[name]
+        given = shlex.split(environment(found, worker)["HEADRACE_ENGINE_ARGS"])
+        gpus = container(worker)["resources"]["limits"]["nvidia.com/gpu"]
+
+        assert given[given.index("--tensor-parallel-size") + 1] == gpus
+    group = of_kind(groups, "LeaderWorkerSet")["worker-small"]["spec"]["leaderWorkerTemplate"]
+    assert given[given.index("--pipeline-parallel-size") + 1] == str(group["size"])
+
+
+def test_the_pods_of_a_group_have_equal_arguments_and_the_service_has_the_leader_alone(
+    tmp_path: Path,
+) -> None:
+    found = combined(tmp_path, [], ["vllm-multinode"])
+    group = of_kind(found, "LeaderWorkerSet")["worker-small"]["spec"]["leaderWorkerTemplate"]
+    leader, rank = (
+        {"kind": "pods of a group", "metadata": {}, "spec": {"template": group[f"{role}Template"]}}
+        for role in ("leader", "worker")
+    )
+
+    assert container(leader)["args"] == container(rank)["args"]
+    assert set(re.findall(r"\$\((\w+)\)", container(rank)["args"][0])) == {
+        *("HEADRACE_ENGINE_ARGS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS")
+    }
+    for field in ("image", "env", "envFrom", "resources", "volumeMounts", "securityContext"):
+        assert container(leader)[field] == container(rank)[field], field
+    assert pod(leader)["volumes"] == pod(rank)["volumes"]
+    assert container(rank)["command"] == ["python3", "-m", "headrace.worker.vllm.headless"]
+    assert importlib.util.find_spec("headrace.worker.vllm.headless")
+    assert not {"ports", "readinessProbe"} & set(container(rank))
+    check_security(rank)
+    selector = of_kind(found, "Service")["worker-small"]["spec"]["selector"]
+    assert not selector.items() <= template(rank)["metadata"]["labels"].items()
+
+
+def test_templates_of_volumes_have_no_label_that_a_new_version_changes() -> None:
+    """A StatefulSet with another template of its volumes is refused."""
+    for each in of_kind(overlay("gpu-vllm"), "StatefulSet").values():
+        for claim in each["spec"]["volumeClaimTemplates"]:
+            assert "app.kubernetes.io/version" not in claim["metadata"].get("labels", {})
+
+
+def labels_of(workload: Resource) -> dict[str, str]:
+    """Return the labels of a workload's pods."""
+    labels: dict[str, str] = template(workload)["metadata"]["labels"]
+    return labels
+
+
+def mounted(workload: Resource) -> set[str]:
+    """Return the names of the volumes that a container mounts."""
+    return {each["name"] for each in container(workload)["volumeMounts"]}
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_renders_pods_that_survive_drains_and_are_locked_down(name: str) -> None:
     check_pods(list(overlay(name)))
@@ -122,12 +205,13 @@ def test_an_overlay_renders_pods_that_survive_drains_and_are_locked_down(name: s
 def check_pods(found: list[Resource]) -> None:
     """Check what holds for every pod of the mesh, whatever the components."""
     deployments = services(found)
-    assert {container(each)["name"] for each in deployments.values()} == set(SETTINGS)
+    running = {container(each)["name"] for each in deployments.values()}
+    assert set(SETTINGS) - {"upstream"} <= running <= set(SETTINGS)
     for each in deployments.values():
         check_probes(found, each)
         check_drain(found, each)
-    workloads = [each for each in found if each["kind"] in ("Deployment", "Job")]
-    for each in workloads:
+    jobs = of_kind(found, "Job").values()
+    for each in (*workloads(found).values(), *jobs):
         check_security(each)
         assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "headrace"
 
@@ -173,13 +257,17 @@ def check_drain(found: list[Resource], deployment: Resource) -> None:
     assert drain > deadline
     # After the drain, a worker hands off what is unfinished in two seconds; a server sends it in three.
     assert spec["terminationGracePeriodSeconds"] >= before + drain + 5
-    labels = deployment["spec"]["selector"]["matchLabels"]
+    # A group has no selector in its specification: that of the Service finds its leader.
+    selector = deployment["spec"].get("selector", {}).get("matchLabels")
+    labels = selector or of_kind(found, "Service")[deployment["metadata"]["name"]]["spec"]["selector"]
     budgets = of_kind(found, "PodDisruptionBudget").values()
     assert [
         each["spec"]["maxUnavailable"]
         for each in budgets
         if each["spec"]["selector"]["matchLabels"] == labels
     ] == [1]
+    if deployment["kind"] == "LeaderWorkerSet":  # whose pods are on different nodes, because of their GPUs
+        return
     spreads = spec["topologySpreadConstraints"]
     assert {each["topologyKey"] for each in spreads} == {
         "kubernetes.io/hostname",
@@ -208,15 +296,16 @@ def check_security(workload: Resource) -> None:
         assert kind in box["resources"]["limits"]
     for volume in spec.get("volumes", ()):
         assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
-    mounted = {mount["name"] for mount in box["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in spec["volumes"]}
+    claims = workload["spec"].get("volumeClaimTemplates", ())
+    volumes = {volume["name"] for volume in spec["volumes"]} | {each["metadata"]["name"] for each in claims}
+    assert mounted(workload) == volumes
 
 
 def check_names(found: list[Resource]) -> None:
     """Check that all that a resource refers to exists, with the suffix of its tier."""
     accounts, maps = of_kind(found, "ServiceAccount"), of_kind(found, "ConfigMap")
-    claims, workloads = of_kind(found, "PersistentVolumeClaim"), of_kind(found, "Deployment")
-    for each in (each for each in found if each["kind"] in ("Deployment", "Job")):
+    claims, running = of_kind(found, "PersistentVolumeClaim"), workloads(found)
+    for each in (*running.values(), *of_kind(found, "Job").values()):
         spec = pod(each)
         assert spec["serviceAccountName"] in accounts
         assert {source["configMapRef"]["name"] for source in container(each).get("envFrom", ())} <= set(maps)
@@ -226,12 +315,13 @@ def check_names(found: list[Resource]) -> None:
                 assert claim["claimName"] in claims
     for each in of_kind(found, "Service").values():
         assert any(
-            each["spec"]["selector"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
-            for workload in workloads.values()
+            each["spec"]["selector"].items() <= labels_of(workload).items() for workload in running.values()
         )
     for kind in ("HorizontalPodAutoscaler", "ScaledObject"):
         for each in of_kind(found, kind).values():
-            target = workloads[each["spec"]["scaleTargetRef"]["name"]]
+            reference = each["spec"]["scaleTargetRef"]
+            target = running[reference["name"]]
+            assert reference.get("kind", "Deployment") == target["kind"]
             assert "replicas" not in target["spec"]
 
 
@@ -239,7 +329,7 @@ def check_names(found: list[Resource]) -> None:
 def test_images_and_labels_have_the_version_of_the_project(name: str) -> None:
     for each in services(overlay(name)).values():
         assert container(each)["image"].endswith(f":{VERSION}")
-        for labels in (each["metadata"]["labels"], each["spec"]["template"]["metadata"]["labels"]):
+        for labels in (each["metadata"]["labels"], labels_of(each)):
             assert labels["app.kubernetes.io/version"] == VERSION
             assert labels["app.kubernetes.io/instance"] == "headrace"
 

@@ -37,6 +37,11 @@ def service(name: str, port: int) -> Peer:
 
 ROUTER, BATCHER, WORKER = service("router", 50051), service("batcher", 50052), service("worker", 50053)
 GATEWAY = Peer({"app.kubernetes.io/name": "gateway"}, ports={"http": 8080, "metrics": 9464, "otlp": 4317})
+UPSTREAM = service("upstream", 50054)
+LEADER, RANK = (
+    Peer({"app.kubernetes.io/name": name, "headrace/multinode": "true"}, ports={"grpc": 50053})
+    for name in ("worker", "worker-rank")
+)
 COLLECTOR, PREFETCH = service("otel-collector", 4317), service("prefetch", 0)
 STRANGER = Peer({"app": "shell"}, namespace="other")
 NEIGHBOUR = Peer({"app": "shell"})  # in the namespace of the mesh
@@ -67,6 +72,10 @@ ALLOWED = [
     (BATCHER, COLLECTOR, 4317),
     (WORKER, COLLECTOR, 4317),
     (COLLECTOR, TEMPO, 4317),
+    (ROUTER, UPSTREAM, 50054),
+    (UPSTREAM, HUB, 443),
+    (PROMETHEUS, UPSTREAM, 9464),
+    (UPSTREAM, COLLECTOR, 4317),
     (BATCHER, HUB, 443),
     (WORKER, HUB, 443),
     (PREFETCH, HUB, 443),
@@ -75,6 +84,7 @@ PEERS = {
     "gateway": GATEWAY,
     "router": ROUTER,
     "batcher": BATCHER,
+    "upstream": UPSTREAM,
     "worker": WORKER,
     "collector": COLLECTOR,
     "prefetch": PREFETCH,
@@ -86,7 +96,7 @@ PEERS = {
     "hub": HUB,
     "metadata": METADATA,
 }
-PORTS = (443, 4317, 8080, 9464, 50051, 50052, 50053, 50055, 50056)
+PORTS = (443, 4317, 8080, 9464, 50051, 50052, 50053, 50054, 50055, 50056)
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
@@ -116,6 +126,12 @@ def matches(entry: Mapping[str, Any], peer: Peer) -> bool:
     return "podSelector" not in entry or selects(entry["podSelector"], peer.labels)
 
 
+def matches_port(entry: Mapping[str, Any], port: int, named: Mapping[str, int]) -> bool:
+    """Return whether an entry of `ports` has *port*: its number, its name, or a range."""
+    first = named.get(entry["port"], entry["port"])
+    return first == port or ("endPort" in entry and first <= port <= entry["endPort"])
+
+
 def direction_allows(
     policies: Iterable[Resource], kind: str, pod: Peer, other: Peer, port: int, named: Mapping[str, int]
 ) -> bool:
@@ -130,7 +146,7 @@ def direction_allows(
     key = "from" if kind == "Ingress" else "to"
     return not applying or any(
         any(matches(entry, other) for entry in rule[key])
-        and any(named.get(each["port"], each["port"]) == port for each in rule["ports"])
+        and any(matches_port(each, port, named) for each in rule["ports"])
         for spec in applying
         for rule in spec.get(kind.lower(), ())
     )
@@ -157,7 +173,23 @@ def test_what_the_mesh_needs_is_allowed(
     assert allows(policies, source, target, port)
 
 
-@pytest.mark.parametrize("name", ["gateway", "router", "batcher", "worker", "collector", "prefetch"])
+def test_the_pods_of_a_group_reach_each_other_on_any_port_and_others_do_not(
+    policies: list[Resource],
+) -> None:
+    for port in (29501, 40000):
+        assert allows(policies, LEADER, RANK, port)
+        assert allows(policies, RANK, LEADER, port)
+        for other in (WORKER, BATCHER, NEIGHBOUR, STRANGER):
+            assert not allows(policies, other, RANK, port)
+            assert not allows(policies, RANK, other, port)
+    assert allows(policies, BATCHER, LEADER, 50053)
+    assert not allows(policies, BATCHER, RANK, 50053)
+    assert allows(policies, RANK, HUB, 443)
+
+
+@pytest.mark.parametrize(
+    "name", ["gateway", "router", "batcher", "upstream", "worker", "collector", "prefetch"]
+)
 def test_pods_may_resolve_names(policies: list[Resource], name: str) -> None:
     assert allows(policies, PEERS[name], DNS, 53)
 
@@ -184,7 +216,7 @@ def test_policies_are_in_the_overlays_that_are_not_for_trials(tmp_path: Path) ->
     from tests.deploy.rendering import overlay
 
     assert not of_kind(overlay("local"), "NetworkPolicy")
-    for name in ("cpu", "gpu"):
-        assert {"deny", "gateway", "router", "batcher", "worker"} <= set(
+    for name in ("cpu", "gpu", "gpu-vllm"):
+        assert {"deny", "gateway", "router", "batcher", "upstream", "worker"} <= set(
             of_kind(overlay(name), "NetworkPolicy")
         )

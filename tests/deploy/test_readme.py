@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from tests.deploy.rendering import (
+    INSTEAD_OF_WORKERS,
     OF_OVERLAYS,
     OF_TIERS,
     OVERLAYS,
@@ -86,4 +87,6 @@ def test_the_readme_lists_all_components() -> None:
 
     assert all(name == folder for name, folder in listed)
     # `tier-name` belongs to the autoscaler, which explains it.
-    assert {name for name, _ in listed} | {"tier-name"} == {*OF_OVERLAYS, *OF_TIERS, *TRANSFORMERS}
+    assert {name for name, _ in listed} | {"tier-name"} == {
+        *(*OF_OVERLAYS, *OF_TIERS, *TRANSFORMERS, *INSTEAD_OF_WORKERS),
+    }

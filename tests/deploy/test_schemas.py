@@ -11,7 +11,17 @@ import pytest
 import yaml
 
 from tests.deploy import tools
-from tests.deploy.rendering import OF_OVERLAYS, OF_TIERS, OVERLAYS, TRANSFORMERS, Resource, combined, overlay
+from tests.deploy.rendering import (
+    INSTEAD_OF_WORKERS,
+    OF_OVERLAYS,
+    OF_TIERS,
+    OVERLAYS,
+    TRANSFORMERS,
+    Resource,
+    combined,
+    of_kind,
+    overlay,
+)
 
 VERSIONS = ("1.31", "1.34", "1.37")  # the oldest that is supported, one between, and the newest
 # Packages of schemas by API group.
@@ -20,6 +30,16 @@ PACKAGES = {
     "gateway.networking.k8s.io": "gateway-api",
     "keda.sh": "keda",
     "monitoring.coreos.com": "prometheus-operator",
+}
+# No package has the schema of a group of pods: its fields are checked here, its pods like a Deployment's.
+GROUP = "leaderworkerset.x-k8s.io/v1"
+GROUP_FIELDS = {
+    "": {"replicas", "leaderWorkerTemplate", "rolloutStrategy", "startupPolicy", "networkConfig"},
+    "leaderWorkerTemplate": {
+        *("leaderTemplate", "workerTemplate", "size", "restartPolicy", "subGroupPolicy"),
+        *("volumeClaimTemplates", "persistentVolumeClaimRetentionPolicy"),
+    },
+    "rolloutStrategy": {"type", "rollingUpdateConfiguration"},
 }
 SCRIPT = Path(__file__).parent / "crds" / "validate.mjs"
 # Prints a problem per line. Reads a stream of YAML.
@@ -40,11 +60,30 @@ def is_custom(resource: Resource) -> bool:
     return str(resource["apiVersion"]).partition("/")[0] in PACKAGES
 
 
+def pods_of_groups(resources: Sequence[Resource]) -> list[Resource]:
+    """Return Deployments with the pods of groups: of the leader, and of the others."""
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": f"{role}-of-{name}"},
+            "spec": {
+                "selector": {"matchLabels": pods["metadata"]["labels"]},
+                "template": pods,
+            },
+        }
+        for name, group in of_kind(resources, "LeaderWorkerSet").items()
+        for role in ("leader", "worker")
+        for pods in [group["spec"]["leaderWorkerTemplate"][f"{role}Template"]]
+    ]
+
+
 def kubernetes_problems(resources: Sequence[Resource]) -> list[str]:
     """Return the problems that the schemas of Kubernetes find."""
+    known = [each for each in resources if not is_custom(each) and each["apiVersion"] != GROUP]
     done = subprocess.run(
         [tools.need("kubernetes-validate"), "-c", VALIDATE, *VERSIONS],
-        input=yaml.safe_dump_all(each for each in resources if not is_custom(each)),
+        input=yaml.safe_dump_all([*known, *pods_of_groups(resources)]),
         capture_output=True,
         text=True,
         timeout=120,
@@ -94,6 +133,22 @@ def test_all_components_are_valid(tmp_path: Path) -> None:
     assert {each["apiVersion"].partition("/")[0] for each in found if is_custom(each)} == set(PACKAGES)
     assert not kubernetes_problems(found)
     assert not custom_problems(found, tmp_path)
+
+
+@pytest.mark.parametrize("name", INSTEAD_OF_WORKERS)
+def test_workers_on_vllm_are_valid(name: str, tmp_path: Path) -> None:
+    found = combined(tmp_path, OF_OVERLAYS, [name])
+
+    assert not kubernetes_problems(found)
+    for group in of_kind(found, "LeaderWorkerSet").values():
+        spec = group["spec"]
+        assert group["apiVersion"] == GROUP
+        for field, known in GROUP_FIELDS.items():
+            assert set(spec[field] if field else spec) <= known
+        assert spec["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
+        assert set(spec["rolloutStrategy"]["rollingUpdateConfiguration"]) <= {
+            *("partition", "maxUnavailable", "maxSurge")
+        }
 
 
 def test_an_unknown_field_and_a_wrong_value_are_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +15,18 @@ from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.serving.interceptor import MAX_STARTING
 from headrace.runtime.serving.limits import MIB
 from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
+from headrace.upstream.settings import Settings as UpstreamSettings
 from headrace.validation import MAX_RESUME_TOKENS
-from tests.deploy.rendering import OVERLAYS, Resource, container, environment, of_kind, overlay, services
+from tests.deploy.rendering import (
+    OVERLAYS,
+    Resource,
+    combined,
+    container,
+    environment,
+    of_kind,
+    overlay,
+    services,
+)
 from tests.deploy.settings_files import (
     FILES,
     FROM_THE_NAME,
@@ -96,7 +107,7 @@ def test_services_accept_the_settings_of_their_pods(name: str) -> None:
 # Memory of an idle process, and the most memory per byte of a request in flight: the message, its parsed
 # form, the forwarded message, and the text for the score. Measured by tests/hostile; those of the gateway by
 # hand: 65 MiB idle, 9 KiB for an idle connection, and 64 KiB for an open stream with a short prompt.
-BASE_BYTES = {"gateway": 100 * MIB, "router": 100 * MIB, "batcher": 600 * MIB}
+BASE_BYTES = {"gateway": 100 * MIB, "router": 100 * MIB, "batcher": 600 * MIB, "upstream": 100 * MIB}
 BYTES_PER_BYTE = 8
 BYTES_PER_CALL = 64 * 1024
 BYTES_PER_CONNECTION = 16 * 1024  # of HTTP, idle or not
@@ -105,7 +116,28 @@ RUN_STREAMS = 64  # whose messages arrive at the same time
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> None:
-    found = overlay(name)
+    check_memory(overlay(name))
+
+
+def test_an_upstream_accepts_its_settings_is_found_by_routers_and_has_the_memory_it_needs(
+    tmp_path: Path,
+) -> None:
+    """No overlay has one: its URL and key are those of whoever deploys it."""
+    found = combined(tmp_path, ["anonymous"])
+    settings = settings_of(found, services(found)["upstream-cloud"])
+    (port,) = of_kind(found, "Service")["batcher-cloud"]["spec"]["ports"]
+
+    assert isinstance(settings, UpstreamSettings)
+    assert settings.tier == "cloud"
+    assert settings.urls == ["https://api.example.com/v1"]
+    assert (port["port"], port["targetPort"]) == (settings.port, "grpc")
+    assert dict(router_settings(found).tier_targets())["cloud"] == [f"dns:///batcher-cloud:{settings.port}"]
+    check_memory(found)
+
+
+def check_memory(found: Iterable[Resource]) -> None:
+    """Check that limits cover what the settings admit."""
+    found = tuple(found)
     for deployment in services(found).values():
         box, settings = container(deployment), settings_of(found, deployment)
         memory = parsed(box["resources"]["limits"]["memory"])
@@ -155,6 +187,8 @@ def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> Non
     tiers = {}
     for each, deployment in services(found).items():
         settings = settings_of(found, deployment)
+        if isinstance(settings, UpstreamSettings):
+            tiers[settings.tier] = f"dns:///batcher-{settings.tier}:{settings.port}"
         if isinstance(settings, BatcherSettings):
             assert each == f"batcher-{settings.tier}"
             assert settings.worker_targets == [f"dns:///worker-{settings.tier}:50053"]
@@ -186,7 +220,8 @@ def test_the_gateway_calls_the_routers_and_takes_the_same_tokens(name: str) -> N
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_no_component_replaces_what_an_overlay_sets(name: str) -> None:
     maps = {
-        each.partition("-")[0]: found["data"] for each, found in of_kind(overlay(name), "ConfigMap").items()
+        each.partition("-")[0]: found.get("data", {})
+        for each, found in of_kind(overlay(name), "ConfigMap").items()
     }
     written = yaml.safe_load((K8S / "overlays" / name / "kustomization.yaml").read_text())
     for generator in written.get("configMapGenerator", ()):

@@ -33,7 +33,7 @@ CONTEXT = 1024
 # In float32 no two tokens of these answers are nearly equally likely: a greedy answer is the same in any
 # batch.
 DTYPE = "float32"
-ENGINE_ARGS = "--enforce-eager --block-size 16"
+ENGINE_ARGS = "--enforce-eager --block-size 32"
 
 if not PYTHON:
     collect_ignore_glob = ["test_*.py"]

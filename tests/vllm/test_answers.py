@@ -159,7 +159,7 @@ def drawn(folder: Path, requests: list[pb.GenerateRequest], answers: list[list[i
 
 
 async def test_a_repeated_prompt_is_cached(client: Client) -> None:
-    text = "A prompt of several blocks, which no other test sends, and which is sent twice here. " * 2
+    text = "A prompt of several blocks, which no other test sends, and which is sent twice here. " * 5
     first, again = [await ask(client, greedy(text, max_tokens=4)) for _ in range(2)]
 
     assert first.finish.usage.cached_tokens == 0

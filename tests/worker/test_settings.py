@@ -52,6 +52,17 @@ def test_arguments_for_vllm_are_refused_by_other_engines() -> None:
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [["--engine-args", "--enforce-eager"], ["--engine-args=--enforce-eager"]],
+    ids=["two words", "one word"],
+)
+def test_arguments_for_vllm_may_be_one_flag(flags: list[str]) -> None:
+    settings = Settings.load([*flags, "--engine", "vllm", "--model", "m"])
+
+    assert (settings.engine_args, settings.model) == ("--enforce-eager", "m")
+
+
+@pytest.mark.parametrize(
     ("settings", "advice"),
     [
         ({"dtype": "int8"}, "--quantization METHOD"),

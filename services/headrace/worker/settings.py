@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import Literal
+import sys
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -108,6 +109,12 @@ class Settings(ServiceSettings):
         "headrace.worker.faults. For tests only",
     )
 
+    @classmethod
+    def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
+        """Read flags and environment, as every service does; `--engine-args TEXT` may begin with a dash."""
+        given = sys.argv[1:] if arguments is None else arguments
+        return super().load(_joined(given), program=program)
+
     @property
     def tokens_per_step(self) -> int:
         """`step_tokens`, or the default of the device."""
@@ -169,3 +176,11 @@ class Settings(ServiceSettings):
             name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
             if word.startswith("--") and name in _OWN:
                 raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args) has {word}: {_OWN[name]}")
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Write `--engine-args TEXT` as one word: argparse would take a TEXT of one flag for a flag of ours."""
+    if "--engine-args" not in words[:-1]:
+        return words
+    place = words.index("--engine-args")
+    return [*words[:place], f"--engine-args={words[place + 1]}", *words[place + 2 :]]

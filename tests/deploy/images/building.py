@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.deploy.images.engine import Engine, Failed, Missing
 
 ROOT = Path(__file__).parent.parent.parent.parent
-SERVICES = ("gateway", "router", "batcher", "worker")
+SERVICES = ("gateway", "router", "batcher", "upstream", "worker")
 STAND_IN = "localhost/python-stand-in"
 # All files in the images have this time; it is SOURCE_DATE_EPOCH in the Dockerfile.
 EPOCH = "315532800"

@@ -24,11 +24,11 @@ from tests.deploy.images.engine import Engine, Failed
 from tests.deploy.images.report import Check
 
 UID = 10001
-EDGE_BYTES = 150_000_000  # of the images of router and gateway
+EDGE_BYTES = 150_000_000  # of an image without a model
 MODEL = "smollm2-135m-instruct"
 # Unpacking a model and compiling the kernels of a CPU worker takes minutes on a busy machine.
 READY_SECONDS, STOP_SECONDS = 900.0, 40.0
-_EDGES = ("gateway", "router")  # services that need no model
+_EDGES = ("gateway", "router", "upstream")  # services that need no model
 _CACHE = "/var/cache/headrace"
 _SHAPE = """
 import importlib.metadata, json, os, stat
@@ -81,7 +81,7 @@ def contents(engine: Engine, built: Built, service: str) -> Iterator[Check]:
 
 def echo(engine: Engine, images: Mapping[str, Built]) -> Iterator[Check]:
     """Check a mesh whose engine repeats prompts."""
-    fake = {"gateway": (), "router": (), "batcher": ("--fake",), "worker": ("--engine", "echo")}
+    fake = {**dict.fromkeys(_EDGES, ()), "batcher": ("--fake",), "worker": ("--engine", "echo")}
     with _mesh(engine, images, fake, {}) as (ports, checks):
         yield from checks
         for service in SERVICES:
@@ -90,6 +90,9 @@ def echo(engine: Engine, images: Mapping[str, Built]) -> Iterator[Check]:
         yield Check("mesh", "answers a request", text == "seen, deployed and locked", repr(text))
         text = _ask_by_http(ports["gateway"], "seen, over HTTP")
         yield Check("mesh", "answers a request over HTTP", text == "seen, over HTTP", repr(text))
+        text, _ = asyncio.run(_ask(ports["upstream"], "seen, by way of the gateway"))
+        expected = "seen, by way of the gateway"
+        yield Check("upstream", "asks the gateway for an answer", text == expected, repr(text))
         yield from _stopped(engine)
 
 
@@ -132,6 +135,11 @@ def _mesh(
         "router": ("--tiers", f"small=127.0.0.1:{ports['batcher']}"),
         "batcher": ("--tier", "small", "--workers", f"127.0.0.1:{ports['worker']}"),
         "worker": (),
+        # It asks the same mesh, over HTTP.
+        "upstream": (
+            *("--url", f"http://127.0.0.1:{ports['gateway']}/v1", "--tier", "outside"),
+            *("--model", "auto", "--api", "vllm"),
+        ),
     }
     checks: list[Check] = []
     started: dict[str, float] = {}

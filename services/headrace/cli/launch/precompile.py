@@ -17,6 +17,7 @@ _MODULES = (
     "headrace.gateway.__main__",
     "headrace.router.__main__",
     "headrace.batcher.__main__",
+    "headrace.upstream.__main__",
     "headrace.worker.__main__",
     "headrace.worker.engine.load.loading",
     "transformers.modeling_gguf_pytorch_utils",

@@ -124,7 +124,7 @@ async def _load(
         if runner is not None:
             runner.step(engine, scheduler, iteration)
 
-    parsed = _parse(arguments(settings, folder), cache=cache)
+    parsed = parse(arguments(settings, folder), cache=cache)
     drawing = NAME in (parsed.logits_processors or ())
     if not drawing:
         warn(
@@ -192,7 +192,7 @@ async def _is_exact(
     return not difference
 
 
-def _parse(words: list[str], *, cache: Path) -> Any:
+def parse(words: list[str], *, cache: Path) -> Any:
     """Read vLLM's arguments, and add those that the runner depends on. Raises LoadingError.
 
     cache   folder for parsed tokenizers
