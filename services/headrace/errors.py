@@ -199,7 +199,7 @@ class FeedbackQuota(Overloaded):
 
 
 class TenantQuota(Overloaded):
-    """A limit of the tenant is reached; retry after the delay. Sent as QuotaFailure, with subject and limit."""
+    """The tenant reached a limit; retry after the delay. Sent as QuotaFailure, with `subject` and `limit`."""
 
     reason = "TENANT_QUOTA"
 
