@@ -1,8 +1,8 @@
 """Compute on one node for a worker on another: `python -m headrace.worker.vllm.headless --help`.
 
-A model over several nodes has one worker, on the first node, which batchers call. On each other node this runs,
-with the worker's settings but for `--node-rank` in --engine-args: it loads the node's part of the model, and
-computes what the worker's engine tells it to. It serves nothing.
+A model over several nodes has one worker, on the first node, which batchers call. On each other node this
+runs, with the worker's settings but for `--node-rank` in --engine-args: it loads the node's part of the
+model, and computes what the worker's engine asks for. It serves nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime.telemetry import logs
-from headrace.worker.engine.load.refusals import LoadingError
+from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.settings import Settings
 from headrace.worker.vllm.arguments import arguments, environment
 from headrace.worker.vllm.loading import parse
@@ -41,12 +41,17 @@ def compute(settings: Settings) -> None:
 
     given = parse(arguments(settings, folder), cache=cache)
     _require_rank(given)
-    config = given.create_engine_config(usage_context=UsageContext.ENGINE_CONTEXT, headless=True)
-    leader = config.parallel_config.master_addr, int(config.parallel_config.master_port)
+    leader = str(given.master_addr), int(given.master_port)
     log.info("loading", extra={"stage": f"rank {given.node_rank} of {leader[0]}", "model": settings.model})
     # The pods of a group are stopped together. The worker still drains then, and needs this process for it.
     signal.signal(signal.SIGTERM, lambda number, frame: _end_with(leader))
-    executor: Any = MultiprocExecutor(config, monitor_workers=False)
+    try:
+        config = given.create_engine_config(usage_context=UsageContext.ENGINE_CONTEXT, headless=True)
+        executor: Any = MultiprocExecutor(config, monitor_workers=False)
+    except Exception as error:
+        log.debug("vLLM does not start", exc_info=True)
+        raise LoadingError(f"vLLM cannot load {settings.model}: {one_line(error)}") from error
+    log.info("ready", extra={"model": settings.model, "rank": given.node_rank})
     executor.start_worker_monitor(inline=True)
     raise LoadingError("a process of this node has ended; its own messages are above")
 
@@ -55,8 +60,8 @@ def _require_rank(given: Any) -> None:
     """Raise LoadingError unless vLLM's arguments are those of a node other than the first."""
     if given.nnodes < 2 or given.node_rank < 1:
         raise LoadingError(
-            f"--engine-args has --nnodes {given.nnodes} --node-rank {given.node_rank}: this command is for the "
-            "nodes with a rank of 1 and more; `python -m headrace.worker` runs on the one with rank 0"
+            f"--engine-args has --nnodes {given.nnodes} --node-rank {given.node_rank}: this command is for "
+            "nodes with a rank of 1 or more; `python -m headrace.worker` runs on the one with rank 0"
         )
 
 
