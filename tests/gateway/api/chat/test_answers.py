@@ -178,7 +178,11 @@ async def test_a_text_alone_has_null_for_ids_and_texts_for_tokens(
     plain.router.text_only = True
     if not reports:
         plain.router.deltas = [pb.Delta(token_count=1, text=TEXT)]
-    asked = {"logprobs": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    asked: dict[str, Any] = {
+        "logprobs": True,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
     response = await plain.chat(stream=stream, **asked)
 
     if stream:
