@@ -49,7 +49,6 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "worker": WorkerSettings,
     "upstream": UpstreamSettings,
     "gateway": GatewaySettings,
-    "upstream": UpstreamSettings,
 }
 ADDRESS = "127.0.0.1:50051"
 GATEWAY = "http://127.0.0.1:8080"
