@@ -123,3 +123,15 @@ async def test_sigterm_lets_an_answer_end_and_leaves_no_error_in_the_log() -> No
         assert running.process.returncode == 0
         assert {line["level"] for line in log} == {"INFO"}
         assert log[-1]["message"] == "stopped"
+
+
+async def test_a_proxy_of_the_environment_is_used_with_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fake_upstream() as proxy:
+        monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{proxy.port}")
+        async with running_upstream("http://model.invalid/v1") as tier:
+            answer = await answer_of(tier, ask())
+
+        assert answer.text == "Hello you"
+        assert proxy.seen[0].path == "http://model.invalid/v1/chat/completions"
+        assert proxy.seen[0].headers["host"] == "model.invalid"
+        assert proxy.seen[0].headers["proxy-authorization"] == "Basic dXNlcjpzZWNyZXQ="

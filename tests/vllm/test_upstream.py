@@ -24,7 +24,8 @@ async def server(python: str, folder: Path, log: Path) -> AsyncGenerator[str, No
     with reserved_ports(1) as (port,), log.open("wb") as output:
         arguments = ["--host", "127.0.0.1", "--port", port, "--served-model-name", "gpt-fake"]
         engine = ["--enforce-eager", "--block-size", 32, "--dtype", "float32", "--max-model-len", CONTEXT]
-        command = ["-m", "vllm.entrypoints.cli.main", "serve", folder, *arguments, *engine]
+        # The module, because the command needs metadata of a package named vllm.
+        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder, *arguments, *engine]
         process = await asyncio.create_subprocess_exec(
             *(python, *map(str, command)),
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
