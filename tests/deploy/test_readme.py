@@ -59,9 +59,33 @@ def test_the_tier_of_the_readme_renders(tmp_path: Path) -> None:
     assert [tier.partition("=")[0] for tier in routed.split(",")] == ["small", "medium", "large"]
 
 
-def blocks(language: str) -> list[str]:
-    """Return the code blocks of the README."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
+def test_the_tier_over_two_nodes_of_the_docs_renders(tmp_path: Path) -> None:
+    (example,) = blocks("yaml", (K8S.parent / "docs" / "deployment.md").read_text())
+    tier = yaml.safe_load(example)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for field in ("resources", "components"):
+        paths = [os.path.normpath(K8S / "overlays" / "gpu-vllm" / "large" / name) for name in tier[field]]
+        tier[field] = [os.path.relpath(path, folder.resolve()) for path in paths]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(tier))
+
+    (group,) = of_kind(found := render(folder), "LeaderWorkerSet").values()
+
+    pods = group["spec"]["leaderWorkerTemplate"]
+    (arguments,) = (
+        each["data"]["HEADRACE_ENGINE_ARGS"]
+        for name, each in of_kind(found, "ConfigMap").items()
+        if name.startswith("worker-large")
+    )
+    assert arguments == f"--tensor-parallel-size 4 --pipeline-parallel-size {pods['size']}"
+    for role in ("leader", "worker"):
+        (box,) = pods[f"{role}Template"]["spec"]["containers"]
+        assert box["resources"]["limits"]["nvidia.com/gpu"] == "4"
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """Return the code blocks of the README, or of another text."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
 
 
