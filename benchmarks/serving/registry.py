@@ -6,56 +6,26 @@ prompts and at most 32 sequences at a time; prefix caches are off, because no tw
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import get_args
 
 from benchmarks.machine import versions
 from benchmarks.serving.children import Piped, piped
-from benchmarks.serving.http import (
-    Server,
-    llama_body,
-    llama_ids,
-    openai_body,
-    openai_ids,
-    server,
-)
+from benchmarks.serving.http import Server, llama_body, llama_ids, server
+from benchmarks.serving.mesh import Mesh
 from benchmarks.serving.peers import LLAMA_CPP
-from benchmarks.serving.systems import Opener, Place, System
-from benchmarks.serving.workload import Request
+from benchmarks.serving.systems import ALONE, Opener, Place, System
+from benchmarks.serving.vllm import mesh_over_vllm, vllm_server
 from headrace.cli.launch.mesh import MeshSpec, free_ports, mesh
 from headrace.cli.launch.tiers import TierSpec
-from headrace.client import Client, connect
+from headrace.client import connect
 from headrace.models import cache_folder
-from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings
 
-# The peers' interpreters must import nothing of Headrace but `benchmarks`, from the working directory.
-_ALONE = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PACKAGES = ("headrace", "torch", "transformers", "grpcio", "numba")
-
-
-class Mesh:
-    """Headrace as deployed: a gRPC client of router, batcher and worker processes."""
-
-    def __init__(self, client: Client, pids: Sequence[int]) -> None:
-        self._client = client
-        self.pids = pids
-        self.versions = versions(*_PACKAGES)
-
-    async def generate(self, request: Request) -> AsyncGenerator[Sequence[int], None]:
-        """Stream the answer; see `systems.Running`."""
-        asked = pb.GenerateRequest(
-            prompt=request.prompt,
-            sampling=pb.Sampling(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
-            stream=pb.StreamOptions(include_token_ids=True),
-        )
-        async with aclosing(self._client.generate(asked, timeout=600)) as stream:
-            async for response in stream:
-                yield response.delta.token_ids
 
 
 def headrace_mesh(dtype: str) -> Opener:
@@ -78,7 +48,7 @@ def headrace_mesh(dtype: str) -> Opener:
             flags={"worker": ["--no-prefix-cache"]},
         )
         async with mesh(spec) as running, connect(running.address) as client:
-            yield Mesh(client, list(running.pids.values()))
+            yield Mesh(client, list(running.pids.values()), versions(*_PACKAGES))
 
     return run
 
@@ -106,7 +76,7 @@ def transformers(mode: str) -> Opener:
         model = place.places.model(place.model, "bf16")
         arguments = ["--mode", mode, "--model", str(model), "--threads", str(place.threads)]
         python, log = place.places.python("transformers"), place.logs / f"transformers-{mode}.log"
-        async with piped("transformers", python, "transformers_generate", arguments, log, _ALONE) as running:
+        async with piped("transformers", python, "transformers_generate", arguments, log, ALONE) as running:
             yield running
 
     return run
@@ -120,46 +90,7 @@ def openvino(kind: str) -> Opener:
         model = place.places.model(place.model, f"openvino-{kind}")
         arguments = ["--model", str(model), "--threads", str(place.threads)]
         python, log = place.places.python("openvino"), place.logs / f"openvino-{kind}.log"
-        async with piped("openvino", python, "openvino_genai", arguments, log, _ALONE) as running:
-            yield running
-
-    return run
-
-
-def vllm(kind: str) -> Opener:
-    """Return the opener of vLLM's OpenAI server, on the CPU."""
-
-    @asynccontextmanager
-    async def run(place: Place) -> AsyncGenerator[Server, None]:
-        (port,) = free_ports(1)
-        command = [
-            *(str(place.places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(place.places.model(place.model, kind)), "--served-model-name", "m"),
-            *("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"),
-            *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
-            *("--host", "127.0.0.1", "--port", str(port)),
-        ]
-        environment: Mapping[str, str] = {
-            **_ALONE,
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{place.threads - 1}" if place.threads > 1 else "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            # The cache of torch.compile makes later starts three times as fast.
-            "VLLM_CACHE_ROOT": str(place.places.root / "vllm" / "cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(place.places.root / "vllm" / "cache" / "inductor"),
-            "PATH": f"{place.places.root / 'vllm' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        async with server(
-            "vllm",
-            command,
-            port,
-            place.logs / f"vllm-{kind}.log",
-            path="/v1/completions",
-            body=openai_body,
-            read=openai_ids,
-            version="vllm-cpu 0.32.0",
-            environment=environment,
-        ) as running:
+        async with piped("openvino", python, "openvino_genai", arguments, log, ALONE) as running:
             yield running
 
     return run
@@ -203,11 +134,18 @@ def _peer(name: str, peer: str, kind: str, opener: Opener) -> System:
 PEERS: Sequence[System] = (
     _peer("openvino:int8", "openvino", "openvino-int8", openvino("int8")),
     _peer("openvino:bf16", "openvino", "openvino-bf16", openvino("bf16")),
-    _peer("vllm:w8a8", "vllm", "w8a8", vllm("w8a8")),
-    _peer("vllm:bf16", "vllm", "bf16", vllm("bf16")),
+    _peer("vllm:w8a8", "vllm", "w8a8", vllm_server("w8a8")),
+    _peer("vllm:bf16", "vllm", "bf16", vllm_server("bf16")),
     _peer("llamacpp:q8_0", "llamacpp", "q8_0.gguf", llama_cpp),
     _peer("transformers:continuous", "transformers", "bf16", transformers("continuous")),
     _peer("transformers:static", "transformers", "bf16", transformers("static")),
+)
+# The mesh with vLLM as its worker's engine, and vLLM's server without compilation, which starts in half a
+# minute. They are measured by name only.
+ENGINES: Sequence[System] = (
+    _peer("headrace-mesh-vllm:bf16", "vllm", "bf16", mesh_over_vllm("bf16")),
+    _peer("headrace-mesh-vllm:bf16-eager", "vllm", "bf16", mesh_over_vllm("bf16", eager=True)),
+    _peer("vllm:bf16-eager", "vllm", "bf16", vllm_server("bf16", eager=True)),
 )
 # The worker's dtypes; "echo" is the engine without a model, which measures the overhead.
 HEADRACE_DTYPES: Sequence[str] = (*get_args(Settings.model_fields["dtype"].annotation), "echo")
@@ -236,12 +174,15 @@ def find(name: str) -> list[System]:
         return [headrace(name)]
     if name == "headrace":
         return [headrace(each) for each in OURS]
+    if found := [system for system in ENGINES if system.name == name]:
+        return found
     found = [
         system for system in PEERS if name in ("peers", system.name) or name == system.name.partition(":")[0]
     ]
     if not found:
         known = ", ".join(
-            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers", *(s.name for s in PEERS)]
+            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers"]
+            + [system.name for system in (*PEERS, *ENGINES)]
         )
         raise LookupError(f"no system is called {name!r}; choose from {known}")
     return found

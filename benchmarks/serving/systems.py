@@ -11,6 +11,9 @@ from typing import Protocol
 from benchmarks.serving.peers import MODELS, Places
 from benchmarks.serving.workload import Request
 
+# The peers' interpreters must import nothing of Headrace but `benchmarks`, from the working directory.
+ALONE: Mapping[str, str] = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 
 class Running(Protocol):
     """A running system."""

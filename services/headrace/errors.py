@@ -13,8 +13,7 @@
     │   └── DeadlineInQueue  DeadlineInDecode  TtftUnattainable  DeadlineUnattainable
     ├── RequestCancelled
     ├── Unavailable             may be temporary; retry before `accepted`
-    │   ├── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
-    │   └── UpstreamLost        an answer that cannot be resumed broke off: what was delivered is a part of it
+    │   └── NoWorkers  WorkerLost  BatcherLost  UpstreamLost  WorkerDraining  Draining  NotReady
     ├── SequenceFault           the engine failed on this request, not on others in the batch
     ├── PoisonRequest           the workers that took this request crashed, probably because of it
     ├── Unimplemented
@@ -200,10 +199,7 @@ class FeedbackQuota(Overloaded):
 
 
 class TenantQuota(Overloaded):
-    """The tenant reached its limit of requests, tokens, streams or cost. Retry after the delay.
-
-    The fields `subject` and `limit` name the tenant and the limit; they are sent as QuotaFailure.
-    """
+    """The tenant reached a limit; retry after the delay. Sent as QuotaFailure, with `subject` and `limit`."""
 
     reason = "TENANT_QUOTA"
 

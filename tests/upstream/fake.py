@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -177,16 +178,19 @@ class Fake:
     connections: int = 0
     released: asyncio.Event = field(default_factory=asyncio.Event)
     server: asyncio.Server | None = None
+    tls: ssl.SSLContext | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
     def url(self) -> str:
         """The base URL."""
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}/v1"
 
     async def listen(self) -> None:
         """Accept connections, on the same port as before."""
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=1 << 24)
+        self.server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port, limit=1 << 24, ssl=self.tls
+        )
         self.port = self.server.sockets[0].getsockname()[1]
 
     def die(self) -> None:
@@ -235,9 +239,9 @@ class Fake:
 
 
 @asynccontextmanager
-async def fake_upstream() -> AsyncGenerator[Fake, None]:
-    """Run a fake."""
-    fake = Fake()
+async def fake_upstream(tls: ssl.SSLContext | None = None) -> AsyncGenerator[Fake, None]:
+    """Run a fake, over TLS or without."""
+    fake = Fake(tls=tls)
     await fake.listen()
     try:
         yield fake

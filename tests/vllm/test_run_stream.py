@@ -42,17 +42,13 @@ async def model(port: int) -> wire.ModelDescription:
 
 async def finished(peer: Peer, *handles: int) -> dict[int, wire.SequenceDelta]:
     """Read until all of *handles* have ended; return their last deltas."""
-    ends: dict[int, wire.SequenceDelta] = {}
-
-    def ended(response: wire.RunResponse) -> bool:
-        for delta in response.step.deltas:
-            if delta.finish or delta.HasField("error"):
-                assert delta.handle not in ends, "a handle ends once"
-                ends[delta.handle] = delta
-        return set(handles) <= set(ends)
-
-    await peer.read("step", until=ended)
-    return ends
+    while True:
+        last = [delta for delta in peer.deltas() if delta.finish or delta.HasField("error")]
+        ends = {delta.handle: delta for delta in last}
+        assert len(ends) == len(last), "a handle ends once"
+        if set(handles) <= set(ends):
+            return ends
+        await peer.read_any()
 
 
 async def idle(peer: Peer) -> wire.Load:
@@ -261,8 +257,7 @@ async def test_a_half_closed_stream_finishes_its_sequences(port: int) -> None:
     count = 6
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.credit(count)
-        await peer.call.write(submit(*(greedy(handle, f"number {handle}") for handle in range(count))))
+        await peer.submit(*(greedy(handle, f"number {handle}") for handle in range(count)))
         await peer.call.done_writing()
 
         assert await peer.end() is None
@@ -282,32 +277,28 @@ async def test_a_stream_that_exceeds_its_credit_ends(port: int) -> None:
     assert "beyond the credit" in error.message
 
 
-async def test_all_credit_can_be_used_and_is_returned(port: int) -> None:
+async def test_credit_grows_to_all_that_the_worker_has_for_one_batcher_that_works(port: int) -> None:
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.credit(MAX_RUNNING)
-        await peer.call.write(
-            submit(*(greedy(handle, f"{handle} and so on") for handle in range(MAX_RUNNING)))
-        )
-        await finished(peer, *range(MAX_RUNNING))
-        await peer.credit(MAX_RUNNING)
+        await peer.submit(*(greedy(handle, f"{handle} and so on") for handle in range(2 * MAX_RUNNING)))
+        await finished(peer, *range(2 * MAX_RUNNING))
+
+    assert max(response.credit.sequences for response in peer.received) > MAX_RUNNING
 
 
 async def test_urgent_sequences_overtake_others_that_wait(port: int) -> None:
     """Priorities order what waits; what runs goes on."""
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.credit(MAX_RUNNING + 8)
         waiting = range(MAX_RUNNING, MAX_RUNNING + 6)
-        regular = [greedy(handle, f"{handle} is patient", max_tokens=60) for handle in range(waiting.stop)]
+        regular = [greedy(handle, f"{handle} is patient", max_tokens=200) for handle in range(waiting.stop)]
         for one in regular:
             one.priority = 2
         urgent = [greedy(handle, f"{handle} is urgent", max_tokens=4) for handle in (100, 101)]
         for one in urgent:
             one.priority = 7
-        await peer.call.write(submit(*regular))
-        await peer.read("step", until=lambda response: bool(response.step.deltas))
-        await peer.call.write(submit(*urgent))
+        await peer.submit(*regular)
+        await peer.submit(*urgent)
         await finished(peer, *range(waiting.stop), 100, 101)
 
     first: dict[int, int] = {}
@@ -371,8 +362,7 @@ async def test_pings_are_answered_while_the_engine_computes(port: int) -> None:
 async def test_the_load_counts_sequences_and_memory(port: int) -> None:
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.credit(3)
-        await peer.call.write(submit(*(endless(handle, f"{handle} " * 20) for handle in range(3))))
+        await peer.submit(*(endless(handle, f"{handle} " * 20) for handle in range(3)))
         load = (
             await peer.read(
                 "load", until=lambda response: response.load.running == 3 and response.load.tokens_per_second

@@ -60,6 +60,7 @@ class Peer:
     def __init__(self, call: Any) -> None:
         self.call = call
         self.received: list[wire.RunResponse] = []
+        self.submitted = 0  # by `submit`
 
     async def hello(self) -> wire.Welcome:
         await self.call.write(HELLO)
@@ -78,7 +79,39 @@ class Peer:
 
     async def credit(self, least: int) -> None:
         """Wait until the credit is at least so large."""
-        await self.read("credit", until=lambda response: response.credit.sequences >= least)
+        if self.granted < least:
+            await self.read("credit", until=lambda response: response.credit.sequences >= least)
+
+    @property
+    def granted(self) -> int:
+        """The newest credit that was received."""
+        for response in reversed(self.received):
+            if response.HasField("credit"):
+                return response.credit.sequences
+            if response.HasField("welcome"):
+                return response.welcome.credit.sequences
+        return 0
+
+    async def submit(self, *sequences: wire.Sequence) -> None:
+        """Submit sequences as the credit allows; it grows while a stream uses all of it."""
+        left = list(sequences)
+        while left:
+            ended = sum(bool(delta.finish) or delta.HasField("error") for delta in self.deltas())
+            room = self.granted - (self.submitted - ended)
+            if room > 0:
+                await self.call.write(submit(*left[:room]))
+                self.submitted += len(left[:room])
+                del left[:room]
+            else:
+                await self.read_any()
+
+    async def read_any(self) -> None:
+        """Read one message."""
+        async with asyncio.timeout(PATIENCE):
+            async for response in self.call:
+                self.received.append(response)
+                return
+        raise AssertionError(f"the stream ended: {await self.call.code()}")
 
     async def end(self) -> errors.HeadraceError | None:
         """Read to the end of the stream and return its error."""

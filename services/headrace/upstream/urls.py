@@ -66,7 +66,7 @@ class UpstreamUrl:
         if problem and not certain and self._succeeded:
             problem = ""
         self._succeeded = False
-        changed, self.problem = bool(problem) != bool(self.problem), problem
+        changed, self.problem = problem != self.problem, problem
         return changed
 
     def answering(self, now: float) -> None:

@@ -898,8 +898,8 @@ class Accepted(_message.Message):
     """
     text_only: _builtins.bool
     """Whether the answer consists of text without token ids, because a service outside of the mesh computes it. Deltas
-    then have no `token_ids`, and `token_count` is an estimate, at least 1 for each that the model has generated; the
-    numbers in `Finish.usage` are the service's own. `prompt_tokens` is 0 here, because it is known at the end only.
+    then have no `token_ids`, and `token_count` is an estimate, which may be 0; the numbers in `Finish.usage` are the
+    service's own. `prompt_tokens` is 0 here, because it is known at the end only.
     If the stream is lost after its first delta, the answer cannot be resumed, and the call ends with UPSTREAM_LOST.
     """
     def __init__(

@@ -78,8 +78,8 @@ class Journey:
         self._may_draft = chooser.rules.allow(self._facts) and not request.sampling.HasField(
             "prompt_logprobs"
         )
-        # Only tiers whose answers may be drafts are asked for log-probabilities: a service outside of the mesh
-        # may have none.
+        # Only tiers whose answers may be drafts are asked for log-probabilities: a service outside of the
+        # mesh may have none.
         self._checks_logprobs = self._may_draft and not self._shows_logprobs
         self.outgoing = Outgoing(_outgoing(request), deadline, failover_seconds, hops, flusher)
         self.bill = bill

@@ -113,6 +113,8 @@ class Http:
             "accept-encoding": "identity",
             "content-type": "application/json",
             **self.key.headers(),
+            # A proxy reads these in a request for http, and in CONNECT for https.
+            **(proxy.headers if url.startswith("http://") else {}),
             **(headers or {}),
         }
         with _broken():

@@ -39,11 +39,10 @@ def arguments(settings: Settings, folder: Path) -> list[str]:
     return given + shlex.split(settings.engine_args)
 
 
-def environment(current: Mapping[str, str], *, debug: bool, exact: bool = False) -> dict[str, str]:
+def environment(current: Mapping[str, str], *, debug: bool) -> dict[str, str]:
     """Return the variables to set before vLLM is imported. Those that are set in *current* stay as they are.
 
     debug   whether vLLM logs more than warnings
-    exact   whether vLLM computes a row alike alone and in a batch, where it can
     """
     wanted = {
         # Started processes share no threads and ports with the worker, and receive `lifetime.EndWithParent`.
@@ -57,8 +56,6 @@ def environment(current: Mapping[str, str], *, debug: bool, exact: bool = False)
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": "INFO" if debug else "WARNING",
     }
-    if exact:
-        wanted["VLLM_BATCH_INVARIANT"] = "1"
     if "VLLM_CONFIGURE_LOGGING" not in current:
         wanted["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG)
     forced = {"VLLM_WORKER_MULTIPROC_METHOD"}

