@@ -31,9 +31,11 @@ from tests.deploy.rendering import (
     overlay,
     pod,
     services,
+    template,
 )
 from tests.faults.fleet import HOST, START_SECONDS, Child
 from tests.harness import collect
+from tests.upstream.fake import fake_upstream
 
 TOKEN = "hr_a-token-of-this-test"
 
@@ -88,24 +90,29 @@ class Pod(Child):
 
 
 @asynccontextmanager
-async def started(found: Sequence[Resource], folder: Path) -> AsyncGenerator[dict[str, Pod], None]:
+async def started(
+    found: Sequence[Resource], folder: Path, outside: Mapping[str, str] | None = None
+) -> AsyncGenerator[dict[str, Pod], None]:
     """Run a process per Deployment, and wait until they are ready.
 
     What a cluster provides is replaced: addresses for DNS names, ports of pods, and folders for volumes,
     where those of ConfigMaps have their files.
+
+    outside   what stands for the URLs of services outside of the cluster
     """
     deployments = services(found)
     pods: dict[str, Pod] = {}
     with reserved_ports(3 * len(deployments)) as ports:
         free = iter(ports)
         variables = {each: environment(found, deployment) for each, deployment in deployments.items()}
-        names = {}  # dns:///NAME:PORT, and the address here
+        names = dict(outside or {})  # dns:///NAME:PORT, and the address here
         for each, own in variables.items():
+            service = service_of(found, deployments[each])
             own[f"{PREFIX}HOST"] = HOST
             for setting in ("PORT", "HEALTH_PORT", "MTLS_PORT"):
                 if (port := own.get(PREFIX + setting, "0")) != "0":
                     own[PREFIX + setting] = str(next(free))
-                    names[f"dns:///{each}:{port}"] = f"{HOST}:{own[PREFIX + setting]}"
+                    names[f"dns:///{service}:{port}"] = f"{HOST}:{own[PREFIX + setting]}"
         for each, deployment in deployments.items():
             paths = volumes(found, deployment, folder / each)
             for setting, value in variables[each].items():
@@ -118,8 +125,8 @@ async def started(found: Sequence[Resource], folder: Path) -> AsyncGenerator[dic
             log = folder / f"{each}.log"
             http = ("https" if own.get(f"{PREFIX}HTTPS_CERT") else "http") if each == "gateway" else ""
             health = 0 if http else health
-            port = int(own[f"{PREFIX}PORT"])
-            pods[each] = Pod(each, module, (), port, log, variables=own, health_port=health, http=http)
+            serving = int(own[f"{PREFIX}PORT"])
+            pods[each] = Pod(each, module, (), serving, log, variables=own, health_port=health, http=http)
         try:
             for process in pods.values():
                 await process.start()
@@ -129,6 +136,17 @@ async def started(found: Sequence[Resource], folder: Path) -> AsyncGenerator[dic
         finally:
             for process in pods.values():
                 await process.kill()
+
+
+def service_of(found: Sequence[Resource], deployment: Resource) -> str:
+    """Return the name of the Service that leads to a Deployment's pods."""
+    labels = template(deployment)["metadata"]["labels"]
+    (name,) = (
+        each
+        for each, service in of_kind(found, "Service").items()
+        if service["spec"]["selector"].items() <= labels.items()
+    )
+    return name
 
 
 def volumes(found: Sequence[Resource], deployment: Resource, folder: Path) -> dict[str, str]:
@@ -141,6 +159,8 @@ def volumes(found: Sequence[Resource], deployment: Resource, folder: Path) -> di
         if "configMap" in volume:
             for name, text in of_kind(found, "ConfigMap")[volume["configMap"]["name"]]["data"].items():
                 (local / name).write_text(text)
+        if volume["name"] == "key":
+            (local / "key").write_text("sk-test\n")
         if volume["name"] == "callers":
             digest = hashlib.sha256(TOKEN.encode()).hexdigest()
             line = f'[[tokens]]\nid = "test"\nsha256 = "{digest}"\ntenant = "test"\n'
@@ -187,12 +207,19 @@ async def test_pods_with_certificates_and_tokens_answer_callers_with_a_token(tmp
     """The certificates have the names that the volumes of the pods ask cert-manager for."""
     components = ["mtls", "callers", "mtls/tokens", "quotas"]
     (rendered := tmp_path / "rendered").mkdir()
-    async with started(combined(rendered, components), tmp_path) as pods:
+    async with (
+        fake_upstream() as fake,
+        started(combined(rendered, components), tmp_path, {"https://api.example.com/v1": fake.url}) as pods,
+    ):
         target = f"{HOST}:{pods['router'].port}"
         tls: dict[str, Any] = {"ca": tmp_path / "router" / "tls" / "ca.crt"}
         token: dict[str, Any] = {"token": TOKEN}
         async with connect(target, **tls, **token) as client:
             await check_answer(client, "small")
+            # Its certificate has the role of a batcher, so it accepts the router's.
+            request = chat("the sky is blue")
+            request.routing.tier = "cloud"
+            assert (await collect(client, request)).text == "Hello you"
         async with connect(target, retries=0, **tls) as client:
             with pytest.raises(CredentialsRequired):
                 await check_answer(client, "small")
