@@ -18,7 +18,13 @@ import re
 from pathlib import Path
 
 from headrace.models.defaults import DEFAULTS, LARGE, SMALL, Part, PinnedModel
-from headrace.models.digests import FINGERPRINT_FILE, file_digest, tokenizer_fingerprint
+from headrace.models.digests import (
+    FINGERPRINT_FILE,
+    file_digest,
+    readable_as_folder,
+    tokenizer_fingerprint,
+    unpacked_folder,
+)
 from headrace.models.fetching import cache_folder, fetch
 from headrace.models.hub import from_hub
 from headrace.models.reports import (
@@ -44,8 +50,10 @@ __all__ = [
     "fetch",
     "file_digest",
     "pip_download",
+    "readable_as_folder",
     "resolve",
     "tokenizer_fingerprint",
+    "unpacked_folder",
 ]
 
 

@@ -17,6 +17,7 @@ from headrace.models.reports import ALTERNATIVES, ModelUnavailable
 _CHUNK = 16 << 20
 # In a folder with the tokenizer alone: the fingerprint of the model that it was taken from.
 FINGERPRINT_FILE = "tokenizer.fingerprint"
+_UNPACKED_FORMAT = "1"  # part of the path of an unpacked folder: a new format does not reuse old ones
 
 
 def file_digest(path: Path) -> str:
@@ -57,6 +58,23 @@ def tokenizer_fingerprint(path: Path) -> str:
         f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with "
         f"merges.txt; {ALTERNATIVES}"
     )
+
+
+def unpacked_folder(path: Path, cache: Path) -> Path:
+    """Return where the .gguf file *path* is, or would be, as a model folder in the cache.
+
+    `headrace.worker.engine.load.gguf.unpacking` writes it.
+    """
+    name = path.parent.name if path.name == "model.gguf" else path.stem  # default models are NAME/model.gguf
+    return cache / "unpacked" / f"{file_digest(path)[:16]}-{_UNPACKED_FORMAT}" / name
+
+
+def readable_as_folder(path: Path, cache: Path) -> Path:
+    """Return the folder that a .gguf file was unpacked into, for engines that read no such files.
+
+    A folder is returned as it is, and so is a file that was not unpacked.
+    """
+    return folder if path.is_file() and (folder := unpacked_folder(path, cache)).is_dir() else path
 
 
 def cache_digest(path: Path, digest: str) -> None:

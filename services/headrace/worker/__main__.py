@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
+from headrace.models import ModelUnavailable, cache_folder, readable_as_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
@@ -131,6 +131,8 @@ def _load(settings: Settings) -> Runner[SequenceKey]:
     _progress(settings, "files")
     try:
         path = resolve(settings.model, cache)
+        if settings.engine == "vllm":
+            path = readable_as_folder(path, cache)
         return (_vllm if settings.engine == "vllm" else _torch)(settings, path, cache)
     except (ModelUnavailable, LoadingError) as error:
         raise StartFailed(str(error)) from error

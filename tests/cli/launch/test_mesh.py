@@ -11,7 +11,7 @@ import pytest
 
 from headrace.cli.launch import mesh
 from headrace.cli.launch.mesh import MeshSpec, plan_processes
-from headrace.cli.launch.tiers import BadSpec, TierSpec, parse_tiers
+from headrace.cli.launch.tiers import BadSpec, parse_tiers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -302,16 +302,6 @@ def test_a_worker_on_vllm_runs_in_its_environment_with_its_arguments(tmp_path: P
     assert vllm.environment["PYTHONPATH"] == str(mesh.packages_of(spec))
     assert "VLLM_CPU_OMP_THREADS_BIND" not in ours.environment
     assert vllm.about == "org/medium on vLLM"
-
-
-def test_worker_and_batcher_of_a_tier_on_vllm_use_the_unpacked_folder(tmp_path: Path) -> None:
-    tier = TierSpec("m", "smollm2-135m-instruct", "vllm", files="/cache/unpacked/smollm2")
-    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, tiers=[tier])
-
-    (worker,), (batcher,), _ = plan_processes(spec, [1, 2, 3], cores=2)
-
-    assert flag(worker.command, "--model") == flag(batcher.command, "--model") == "/cache/unpacked/smollm2"
-    assert worker.about == "smollm2-135m-instruct on vLLM"
 
 
 def test_workers_of_both_engines_share_the_cores_and_an_upstream_needs_none(

@@ -280,7 +280,7 @@ def _on_vllm(spec: MeshSpec, tier: TierSpec | None) -> bool:
 
 
 def _model_flags(spec: MeshSpec, tier: TierSpec) -> list[str]:
-    return ["--model", tier.files or tier.model, "--cache", str(spec.cache)]
+    return ["--model", tier.model, "--cache", str(spec.cache)]
 
 
 def _worker_flags(spec: MeshSpec, tier: TierSpec, threads: int) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,19 +29,15 @@ def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[st
         return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
 
 
-def ready_tiers(tiers: Sequence[TierSpec], cache: Path, console: Console) -> list[TierSpec]:
-    """Fetch the models of *tiers*, and return the tiers with the folders of those that were unpacked.
+def prepare_models(tiers: Sequence[TierSpec], cache: Path, console: Console) -> None:
+    """Fetch the models of *tiers*, and unpack those for vLLM, which reads no .gguf files, in the cache.
 
-    vLLM reads no .gguf files. Raises ModelUnavailable.
+    Workers on vLLM find the unpacked folder by the file. Raises ModelUnavailable.
     """
     paths = fetch_models([tier.model for tier in tiers if tier.computes], cache, console)
-    unpacked: dict[str, str] = {}
-    for tier in tiers:
-        if tier.engine == "vllm" and tier.model not in unpacked and paths[tier.model].is_file():
-            unpacked[tier.model] = str(unpack(tier.model, cache, console))
-    return [
-        replace(tier, files=unpacked.get(tier.model, "")) if tier.engine == "vllm" else tier for tier in tiers
-    ]
+    for model in dict.fromkeys(tier.model for tier in tiers if tier.engine == "vllm"):
+        if paths[model].is_file():
+            unpack(model, cache, console)
 
 
 def unpack(model: str, cache: Path, console: Console, folder: Path | None = None) -> Path:

@@ -32,14 +32,12 @@ class TierSpec:
 
     engine   what computes: our engine (torch), vLLM, or another service (upstream)
     url      of an upstream: one base URL, or several separated by commas
-    files    the folder of the model, if the engine cannot use *model* itself; see `models.prepare`
     """
 
     name: str
     model: str = ""
     engine: Engine = "torch"
     url: str = ""
-    files: str = ""
 
     @property
     def computes(self) -> bool:

@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,7 +15,7 @@ from rich.table import Table
 from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, key_file, shared_folder
 from headrace.cli.launch.mesh import HOST, mesh, require_free, require_free_ports
-from headrace.cli.launch.model_files import ready_tiers
+from headrace.cli.launch.model_files import prepare_models
 from headrace.cli.launch.tiers import require_one_provider
 from headrace.cli.launch.vllm import require_vllm
 from headrace.runtime.serving.bind_check import bind_error
@@ -53,18 +52,15 @@ def gateway_port(router_port: int, console: Console) -> int:
     return 0
 
 
-def prepare(spec: MeshSpec, console: Console) -> MeshSpec:
-    """Check ports, keys and vLLM, fetch the models, and return the mesh to start.
-
-    Raises BadSpec or ModelUnavailable.
-    """
+def prepare(spec: MeshSpec, console: Console) -> None:
+    """Check ports, keys and vLLM, and fetch the models. Raises BadSpec or ModelUnavailable."""
     require_free_ports(spec)
     require_one_provider(spec.tiers, os.environ)
     if spec.fake:
-        return spec
+        return
     if any(tier.engine == "vllm" for tier in spec.tiers):
         require_vllm(spec.vllm_python)
-    return replace(spec, tiers=ready_tiers(spec.tiers, spec.cache, console))
+    prepare_models(spec.tiers, spec.cache, console)
 
 
 async def up(spec: MeshSpec, console: Console) -> None:

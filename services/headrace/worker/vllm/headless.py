@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from headrace.models import ModelUnavailable, cache_folder, resolve
+from headrace.models import ModelUnavailable, cache_folder, readable_as_folder, resolve
 from headrace.runtime.telemetry import logs
 from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.settings import Settings
@@ -34,7 +34,7 @@ def compute(settings: Settings) -> None:
     if settings.engine != "vllm":
         raise LoadingError("set HEADRACE_ENGINE (or --engine) to vllm: only vLLM computes over several nodes")
     cache = Path(settings.cache) if settings.cache else cache_folder()
-    folder = resolve(settings.model, cache)
+    folder = readable_as_folder(resolve(settings.model, cache), cache)
     os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
     if settings.exact:
         compute_rows_alike()

@@ -42,9 +42,12 @@ def test_a_folder_has_the_weights_in_bfloat16_the_tokenizer_and_its_fingerprint(
 ) -> None:
     said: list[str] = []
 
+    assert models.readable_as_folder(file, tmp_path / "cache") == file, "it has not been unpacked"
     folder = unpack(str(file), tmp_path / "cache", said.append)
 
     assert folder.name == "tiny"
+    assert models.readable_as_folder(file, tmp_path / "cache") == folder
+    assert models.readable_as_folder(folder, tmp_path / "cache") == folder
     (source,) = (path for path in (tmp_path / "cache" / "dequantised").iterdir() if path.is_dir())
     exact, written = weights_of(source), weights_of(folder)
     assert exact.keys() == written.keys()

@@ -2,8 +2,8 @@
 
 The folder is in transformers' format: config, generation config, tokenizer, chat template, and weights as
 safetensors in bfloat16. Engines that read no .gguf files, such as vLLM, read it. Without FOLDER it is made in
-the cache, once per file. The folder states the fingerprint of the file's tokenizer, so that batchers with the
-file and workers with the folder recognise each other.
+the cache, once per file, where workers on vLLM find it. The folder states the fingerprint of the file's
+tokenizer, so that batchers with the file and workers with the folder recognise each other.
 
 Prints its progress, and the path of the folder as the last line. `headrace unpack` and `headrace up` run it.
 """
@@ -28,8 +28,6 @@ from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.network import quiet_transformers
 from headrace.worker.engine.load.refusals import LoadingError
 
-_FORMAT = "1"  # part of the path: a new format does not reuse old folders
-
 
 def unpack(model: str, cache: Path, progress: Callable[[str], None], folder: Path | None = None) -> Path:
     """Return the folder of *model*, a default model or a .gguf file, written now or at an earlier call.
@@ -46,12 +44,11 @@ def unpack(model: str, cache: Path, progress: Callable[[str], None], folder: Pat
     if folder is not None and folder.exists():
         raise FileExistsError(f"{folder} exists already: name a folder that does not")
     digest = models.file_digest(path)
-    name = model if model in models.DEFAULTS else path.stem
-    target = folder or cache / "unpacked" / f"{digest[:16]}-{_FORMAT}" / name
+    target = folder or models.unpacked_folder(path, cache)
 
     def make(made: Path) -> None:
         source = dequantised(path, digest=digest, cache=cache, progress=progress)
-        progress(f"writing {name} in bfloat16 to {target}")
+        progress(f"writing {path.name} in bfloat16 to {target}")
         auto: Any = AutoModelForCausalLM
         with quiet_transformers():
             network = auto.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=False)
