@@ -293,7 +293,7 @@ def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.Mo
             module = words[words.index("-m") + 1]
             for setting in words[: words.index("python")]:
                 environment.setenv(*setting.split("=", 1))
-            SETTINGS[module.rpartition(".")[2]].load(words[words.index(module) + 1 :])
+            SETTINGS[module.split(".")[1]].load(words[words.index(module) + 1 :])
 
 
 def test_the_file_of_callers_is_accepted() -> None:
