@@ -116,6 +116,7 @@ OTHER_NAMES = {
     "PIP_ARGS",
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
+    "SSL_CERT_FILE",
     "TOOL_MODE_REQUIRED",
     "TOOLS_FOLDER",
     "TOOL_CALLS",  # a marker in templates of Mistral
