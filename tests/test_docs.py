@@ -91,6 +91,7 @@ OTHER_FLAGS = {
     "--enable-prefix-caching",
     "--enforce-eager",
     "--gpu-memory-utilization",
+    "--distributed-executor-backend",
     "--kv-cache-memory-bytes",
     "--load-format",
     "--max-model-len",
