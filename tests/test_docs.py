@@ -91,6 +91,7 @@ OTHER_FLAGS = {
     "--enable-prefix-caching",
     "--enforce-eager",
     "--gpu-memory-utilization",
+    "--distributed-executor-backend",
     "--kv-cache-memory-bytes",
     "--load-format",
     "--max-model-len",
@@ -116,6 +117,7 @@ OTHER_NAMES = {
     "PIP_ARGS",
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
+    "SSL_CERT_FILE",
     "TOOL_MODE_REQUIRED",
     "TOOLS_FOLDER",
     "TOOL_CALLS",  # a marker in templates of Mistral
