@@ -56,6 +56,7 @@ BATCHER = "127.0.0.1:50052"
 # Of other tools: docker, buildah, kubectl, pip, apt-get, llama.cpp.
 OTHER_FLAGS = {
     "--enable-auto-tool-choice",
+    "--distributed-executor-backend",
     "--tool-call-parser",
     "--build-arg",
     "--from-file",
