@@ -236,14 +236,20 @@ def nonnegative_fit(rows: npt.NDArray[np.float64], wanted: npt.NDArray[np.float6
     return [float(value) for value in found]
 
 
-def markdown(kept: Sequence[Measured]) -> str:
-    """Return the cells as a table."""
+def markdown(kept: Sequence[Measured], described: str) -> str:
+    """Return the cells as a table, with a description of machine and date."""
     head = (
         "| workers x streams | step, ms | tokens of an answer | batchers, routers | requests/s | tokens/s "
         "| TTFT p50 / p99, ms | TPOT p50, ms | cores: routers, batchers | us of a token: router, batcher "
         "| one core each is enough for tokens/s | others |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
-    return "\n".join([head, *(f"| {' | '.join(_cells(one))} |" for one in kept)]) + "\n"
+    lines = [head, *(f"| {' | '.join(_cells(one))} |" for one in kept), "", f"{described}."]
+    if (most := max(one.others for one in kept)) > machine.QUIET:
+        lines += [
+            f"**Not a quiet machine**: other processes used up to {most:.1f} cores. CPU times are higher than",
+            "on an idle one, latencies are of little use, and so is what is computed from these costs.",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def fitted_markdown(kept: Sequence[Measured]) -> str:
@@ -291,6 +297,11 @@ def as_json(kept: Sequence[Measured]) -> dict[str, Any]:
         "costs": {kind: {**asdict(costs), "idle": idle} for kind, (costs, idle) in fitted.items()},
         "cells": [asdict(one) for one in kept],
     }
+
+
+def cells_of(written: Mapping[str, Any]) -> list[Measured]:
+    """Read the cells from what `as_json` returned."""
+    return [Measured(**{**one, "cell": Cell(**one["cell"])}) for one in written["cells"]]
 
 
 def costs_of(written: Mapping[str, Any], kind: str) -> Costs:
