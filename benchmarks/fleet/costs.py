@@ -246,8 +246,8 @@ def markdown(kept: Sequence[Measured], described: str) -> str:
     lines = [head, *(f"| {' | '.join(_cells(one))} |" for one in kept), "", f"{described}."]
     if (most := max(one.others for one in kept)) > machine.QUIET:
         lines += [
-            f"**Not a quiet machine**: other processes used up to {most:.1f} cores. CPU times are higher than",
-            "on an idle one, latencies are of little use, and so is what is computed from these costs.",
+            f"**Not a quiet machine**: other processes used up to {most:.1f} cores. CPU times are higher",
+            "than on an idle one, latencies are of little use, and so is what is computed from these costs.",
         ]
     return "\n".join(lines) + "\n"
 
