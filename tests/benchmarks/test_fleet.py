@@ -275,8 +275,9 @@ def test_what_reaches_beyond_the_window_is_not_counted() -> None:
         Answer(1.0, [(1.5, 1), (1.9, 1)], 2, ended=1.9),
     ]
 
-    found = summarize(Cell(3, 1, 0.4), answers, 1.0, 3.0, {"router": 0.1, "batcher": 0.2}, 0.0)
+    found = summarize(Cell(3, 1, 0.4), [*answers, None], 1.0, 3.0, {"router": 0.1, "batcher": 0.2}, 0.0)
 
+    assert found.failed == 1
     assert found.requests == 0.5, "one of the two ended within the two seconds"
     assert found.tokens == (2 + 2 + 1 + 1) / 2
     assert found.messages == pytest.approx(3 / 0.4), "each of three workers sends one in a step"
