@@ -92,7 +92,6 @@ OTHER_FLAGS = {
     "--enable-prefix-caching",
     "--enforce-eager",
     "--gpu-memory-utilization",
-    "--distributed-executor-backend",
     "--kv-cache-memory-bytes",
     "--load-format",
     "--max-model-len",

@@ -39,6 +39,29 @@ def arguments(settings: Settings, folder: Path) -> list[str]:
     return given + shlex.split(settings.engine_args)
 
 
+def environment(current: Mapping[str, str], *, debug: bool) -> dict[str, str]:
+    """Return the variables to set before vLLM is imported. Those that are set in *current* stay as they are.
+
+    debug   whether vLLM logs more than warnings
+    """
+    wanted = {
+        # Started processes share no threads and ports with the worker, and receive `lifetime.EndWithParent`.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
+        # The worker has resolved the name of the model to a folder.
+        "HF_HUB_OFFLINE": "1",
+        # `drawing.processor` is written for the first of vLLM's two runners of models.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_LOGGING_LEVEL": "INFO" if debug else "WARNING",
+    }
+    if "VLLM_CONFIGURE_LOGGING" not in current:
+        wanted["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG)
+    forced = {"VLLM_WORKER_MULTIPROC_METHOD"}
+    return {name: value for name, value in wanted.items() if name in forced or name not in current}
+
+
 def with_file(words: Sequence[str], read: Callable[[str], list[str]]) -> list[str]:
     """Return arguments with those of the file that `--config` names in its place; later ones take precedence.
 
@@ -62,26 +85,3 @@ def _pair(word: str) -> Sequence[str]:
     """Write `--config=FILE` as two words."""
     name, equals, file = word.partition("=")
     return (name, file) if name == "--config" and equals else (word,)
-
-
-def environment(current: Mapping[str, str], *, debug: bool) -> dict[str, str]:
-    """Return the variables to set before vLLM is imported. Those that are set in *current* stay as they are.
-
-    debug   whether vLLM logs more than warnings
-    """
-    wanted = {
-        # Started processes share no threads and ports with the worker, and receive `lifetime.EndWithParent`.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "DO_NOT_TRACK": "1",
-        # The worker has resolved the name of the model to a folder.
-        "HF_HUB_OFFLINE": "1",
-        # `drawing.processor` is written for the first of vLLM's two runners of models.
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_LOGGING_LEVEL": "INFO" if debug else "WARNING",
-    }
-    if "VLLM_CONFIGURE_LOGGING" not in current:
-        wanted["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG)
-    forced = {"VLLM_WORKER_MULTIPROC_METHOD"}
-    return {name: value for name, value in wanted.items() if name in forced or name not in current}
