@@ -118,8 +118,8 @@ async def started(found: Sequence[Resource], folder: Path) -> AsyncGenerator[dic
             log = folder / f"{each}.log"
             http = ("https" if own.get(f"{PREFIX}HTTPS_CERT") else "http") if each == "gateway" else ""
             health = 0 if http else health
-            port = int(own[f"{PREFIX}PORT"])
-            pods[each] = Pod(each, module, (), port, log, variables=own, health_port=health, http=http)
+            own_port = int(own[f"{PREFIX}PORT"])
+            pods[each] = Pod(each, module, (), own_port, log, variables=own, health_port=health, http=http)
         try:
             for process in pods.values():
                 await process.start()

@@ -156,7 +156,7 @@ def _torch(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
 
     engine = load_engine(
         path,
-        name=settings.model,
+        name=settings.name,
         cache=cache,
         device=settings.device,
         dtype=settings.dtype,

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from headrace.runtime.settings import InflightMegabytes, MessageMegabytes, Port, ServiceSettings
+from headrace.validation import MAX_NAME
 from headrace.worker import cpus
 from headrace.worker.faults import FaultPlan
 
@@ -43,6 +44,12 @@ class Settings(ServiceSettings):
     )
     model: str = Field(
         default="", description="model to run: a default model's name, a folder, a .gguf file or a hub id"
+    )
+    model_name: str = Field(
+        default="",
+        max_length=MAX_NAME,
+        description="name of the model for callers, such as that of a folder's model; --model by default. Use "
+        "the same for all workers of a tier",
     )
     tier: str = Field(
         default="default", min_length=1, description="name of the tier that it works for, for its metrics"
@@ -115,6 +122,11 @@ class Settings(ServiceSettings):
         """Read flags and environment, as every service does; `--engine-args TEXT` may begin with a dash."""
         given = sys.argv[1:] if arguments is None else arguments
         return super().load(_joined(given), program=program)
+
+    @property
+    def name(self) -> str:
+        """The name of the model for callers."""
+        return self.model_name or self.model
 
     @property
     def tokens_per_step(self) -> int:

@@ -311,6 +311,7 @@ def test_worker_and_batcher_of_a_tier_on_vllm_use_the_unpacked_folder(tmp_path: 
     (worker,), (batcher,), _ = plan_processes(spec, [1, 2, 3], cores=2)
 
     assert flag(worker.command, "--model") == flag(batcher.command, "--model") == "/cache/unpacked/smollm2"
+    assert "--model-name=smollm2-135m-instruct" in worker.command
     assert worker.about == "smollm2-135m-instruct on vLLM"
 
 

@@ -291,7 +291,8 @@ def _worker_flags(spec: MeshSpec, tier: TierSpec, threads: int) -> list[str]:
         return [*spec.echo_flags, "--fake-step-seconds", str(spec.fake_step_seconds), *device, *dtype]
     if _on_vllm(spec, tier):
         arguments = [f"--engine-args={spec.vllm_args}"] if spec.vllm_args else []
-        return ["--engine", "vllm", *arguments, *_model_flags(spec, tier)]
+        name = [f"--model-name={tier.model}"] if tier.files else []
+        return ["--engine", "vllm", *arguments, *_model_flags(spec, tier), *name]
     return [*_model_flags(spec, tier), "--threads", str(threads), *device, *dtype]
 
 

@@ -263,7 +263,7 @@ def _model(
     tokens = engines * (cache.kv_cache_size_tokens or 0) or cache.num_gpu_blocks * cache.block_size
     generation = SimpleNamespace(**(model.try_get_generation_config() or {}))
     return ModelInfo(
-        name=settings.model,
+        name=settings.name,
         revision=folder.name if folder.parent.name == "snapshots" else "",
         dtype=dtype,
         device=device if processes == 1 else f"{device} x{processes}",
