@@ -48,8 +48,8 @@ class Settings(ServiceSettings):
     model_name: str = Field(
         default="",
         max_length=MAX_NAME,
-        description="name of the model for callers, such as that of a folder's model; --model by default. Use "
-        "the same for all workers of a tier",
+        description="name of the model for callers, such as that of a folder's model; --model by default. "
+        "Use the same for all workers of a tier",
     )
     tier: str = Field(
         default="default", min_length=1, description="name of the tier that it works for, for its metrics"
