@@ -56,6 +56,7 @@ BATCHER = "127.0.0.1:50052"
 # Of other tools: docker, buildah, kubectl, pip, apt-get, llama.cpp.
 OTHER_FLAGS = {
     "--enable-auto-tool-choice",
+    "--distributed-executor-backend",
     "--tool-call-parser",
     "--build-arg",
     "--from-file",
@@ -116,6 +117,7 @@ OTHER_NAMES = {
     "PIP_ARGS",
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
+    "SSL_CERT_FILE",
     "TOOL_MODE_REQUIRED",
     "TOOLS_FOLDER",
     "TOOL_CALLS",  # a marker in templates of Mistral

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from pathlib import Path
 
 from benchmarks import machine
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("parts", nargs="+", choices=PARTS, metavar="PART", help="see above")
     add("--write", type=Path, metavar="PAGE", help="also replace the tables of a page")
+    add("--report", action="store_true", help="costs: measure nothing, read FILE")
     add("--file", type=Path, default=FILE, help="of the costs; default %(default)s")
     add("--seconds", type=float, default=8.0, help="costs, arrivals: length of a run")
     add("--most-workers", type=int, default=100, help="costs: leave out cells with more workers")
@@ -81,11 +83,15 @@ def replaced(page: str, name: str, table: str) -> str:
 def _run(part: str, arguments: argparse.Namespace) -> dict[str, str]:
     """Run a part; returns its tables by name."""
     if part == "costs":
-        cells = [cell for cell in costs.CELLS if cell.workers <= arguments.most_workers]
-        kept = asyncio.run(costs.measure(cells, arguments.seconds, arguments.repeat))
-        written = {"machine": machine.describe(), **costs.as_json(kept)}
-        arguments.file.write_text(json.dumps(written, indent=1) + "\n")
-        return {"costs": costs.fitted_markdown(kept), "cells": costs.markdown(kept)}
+        if not arguments.report:
+            cells = [cell for cell in costs.CELLS if cell.workers <= arguments.most_workers]
+            measured = asyncio.run(costs.measure(cells, arguments.seconds, arguments.repeat))
+            about = {"machine": machine.describe(), "date": time.strftime("%Y-%m-%d")}
+            arguments.file.write_text(json.dumps({**about, **costs.as_json(measured)}, indent=1) + "\n")
+        found = json.loads(arguments.file.read_text())
+        kept = costs.cells_of(found)
+        described = f"{found['machine']['cpu']}, {found['machine']['cores']} cores, {found['date']}"
+        return {"costs": costs.fitted_markdown(kept), "cells": costs.markdown(kept, described)}
     if part == "arrivals":
         return {"arrivals": arrivals.markdown(asyncio.run(arrivals.measure(arguments.seconds)))}
     if part == "growth":

@@ -30,6 +30,7 @@ from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.systems import LIMITS, progress
 from headrace.cli.bench.latencies import percentile
 from headrace.client import Client, connect
+from headrace.errors import HeadraceError
 
 WARM_UP_SECONDS = 2.0
 SERVICES = ("router", "batcher")
@@ -82,6 +83,7 @@ class Measured:
     messages   of workers to batchers
     cores      busy cores of all processes of a kind: router, batcher, worker, and this process as client
     others     cores that other processes of the machine used
+    failed     requests; the others are counted
     """
 
     cell: Cell
@@ -94,6 +96,7 @@ class Measured:
     tpot_p50: float
     cores: Mapping[str, float]
     others: float
+    failed: int = 0
 
     def saturates(self) -> tuple[str, float]:
         """Return which kind saturates first, and the tokens per second at which one core is not enough.
@@ -140,7 +143,7 @@ async def _cell(cell: Cell, fleet: RunningFleet, seconds: float) -> Measured:
         spread = cell.tokens * cell.step_seconds * 1.2
         wait = spread + WARM_UP_SECONDS if cell.streams else 0.0
         window = asyncio.create_task(_window(fleet, wait, seconds))
-        answers: list[Answer] = []
+        answers: list[Answer | None] = []
         if callers := cell.workers * cell.streams:
             call = partial(_call, clients, cell.tokens)
             answers = await closed_loop(callers, wait + seconds, call, spread=spread)
@@ -148,8 +151,11 @@ async def _cell(cell: Cell, fleet: RunningFleet, seconds: float) -> Measured:
     return summarize(cell, answers, began, ended, cores, others)
 
 
-async def _call(clients: Sequence[Client], tokens: int, number: int) -> Answer:
-    return await ask(clients[number % len(clients)], number, tokens)
+async def _call(clients: Sequence[Client], tokens: int, number: int) -> Answer | None:
+    try:
+        return await ask(clients[number % len(clients)], number, tokens)
+    except HeadraceError:  # a machine that is too busy for so many processes
+        return None
 
 
 async def _window(
@@ -177,14 +183,14 @@ def _cpu(processes: Mapping[str, Sequence[psutil.Process]]) -> dict[str, float]:
 
 def summarize(
     cell: Cell,
-    answers: Sequence[Answer],
+    every: Sequence[Answer | None],
     began: float,
     ended: float,
     cores: Mapping[str, float],
     others: float,
 ) -> Measured:
-    """Count what happened between two times; answers may reach beyond them."""
-    seconds = ended - began
+    """Count what happened between two times; answers may reach beyond them. None is one that failed."""
+    seconds, answers = ended - began, [answer for answer in every if answer is not None]
     tokens = sum(count for answer in answers for at, count in answer.arrivals if began <= at < ended)
     whole = [answer for answer in answers if began <= answer.ended < ended]
     ttfts = [answer.first - answer.began for answer in whole] or [0.0]
@@ -202,6 +208,7 @@ def summarize(
         tpot_p50=tpot,
         cores=dict(cores),
         others=others,
+        failed=len(every) - len(answers),
     )
 
 
@@ -236,14 +243,20 @@ def nonnegative_fit(rows: npt.NDArray[np.float64], wanted: npt.NDArray[np.float6
     return [float(value) for value in found]
 
 
-def markdown(kept: Sequence[Measured]) -> str:
-    """Return the cells as a table."""
+def markdown(kept: Sequence[Measured], described: str) -> str:
+    """Return the cells as a table, with a description of machine and date."""
     head = (
         "| workers x streams | step, ms | tokens of an answer | batchers, routers | requests/s | tokens/s "
         "| TTFT p50 / p99, ms | TPOT p50, ms | cores: routers, batchers | us of a token: router, batcher "
         "| one core each is enough for tokens/s | others |\n|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
-    return "\n".join([head, *(f"| {' | '.join(_cells(one))} |" for one in kept)]) + "\n"
+    lines = [head, *(f"| {' | '.join(_cells(one))} |" for one in kept), "", f"{described}."]
+    if (most := max(one.others for one in kept)) > machine.QUIET:
+        lines += [
+            f"**Not a quiet machine**: other processes used up to {most:.1f} cores. CPU times are higher",
+            "than on an idle one, latencies are of little use, and so is what is computed from these costs.",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def fitted_markdown(kept: Sequence[Measured]) -> str:
@@ -277,7 +290,8 @@ def _cells(one: Measured) -> list[str]:
     kind, tokens = one.saturates()
     return [
         *(*head, str(cell.tokens), f"{cell.batchers}, {cell.routers}"),
-        *(f"{one.requests:.1f}", f"{one.tokens:,.0f}"),
+        f"{one.requests:.1f}" + (f", {one.failed} failed" if one.failed else ""),
+        f"{one.tokens:,.0f}",
         *(f"{one.ttft_p50 * 1e3:.0f} / {one.ttft_p99 * 1e3:.0f}", f"{one.tpot_p50 * 1e3:.1f}", cores),
         ", ".join(f"{one.cores[each] / one.tokens * 1e6:.0f}" for each in SERVICES),
         *(f"{tokens:,.0f} ({kind})", f"{one.others:.2f}"),
@@ -291,6 +305,11 @@ def as_json(kept: Sequence[Measured]) -> dict[str, Any]:
         "costs": {kind: {**asdict(costs), "idle": idle} for kind, (costs, idle) in fitted.items()},
         "cells": [asdict(one) for one in kept],
     }
+
+
+def cells_of(written: Mapping[str, Any]) -> list[Measured]:
+    """Read the cells from what `as_json` returned."""
+    return [Measured(**{**one, "cell": Cell(**one["cell"])}) for one in written["cells"]]
 
 
 def costs_of(written: Mapping[str, Any], kind: str) -> Costs:

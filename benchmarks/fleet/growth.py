@@ -17,6 +17,7 @@ from benchmarks.fleet.simulation import Costs, Engine, Load, Mesh, Outcome, simu
 from benchmarks.gpu.shapes import Shape
 
 BUSY = 0.6  # share of a core that a router or batcher may use, so that bursts do not wait
+_SATURATED = 0.98
 HEADROOM = 0.85  # share of a worker's capacity that is used
 
 
@@ -112,8 +113,18 @@ def markdown(found: Sequence[tuple[Need, Outcome, Outcome]]) -> str:
             *(f"{needed.rate:g}", f"{needed.tokens:,.0f}", str(needed.workers), f"{needed.messages:,.0f}"),
             f"{needed.router_cores:.2f}, {needed.batcher_cores:.2f}",
             f"{needed.routers}, {needed.batchers}",
-            *(f"{each.ttft(50) * 1e3:,.0f} / {each.ttft(99) * 1e3:,.0f}" for each in (one, several)),
-            *(f"{each.tpot(50) * 1e3:.0f}" for each in (one, several)),
+            *(_ttft(each) for each in (one, several)),
+            *(f"{each.tpot(50) * 1e3:.0f}" if not _saturated(each) else "-" for each in (one, several)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _saturated(outcome: Outcome) -> bool:
+    return max(outcome.router_busy, outcome.batcher_busy) > _SATURATED
+
+
+def _ttft(outcome: Outcome) -> str:
+    if _saturated(outcome):
+        return "saturated"
+    return f"{outcome.ttft(50) * 1e3:,.0f} / {outcome.ttft(99) * 1e3:,.0f}"

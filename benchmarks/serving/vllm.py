@@ -27,8 +27,12 @@ def arguments(*, eager: bool) -> list[str]:
 
     eager   whether the model runs without torch.compile, which starts faster and computes slower
     """
-    common = ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"]
-    return [*common, "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else [])]
+    return [
+        *("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"),
+        # vLLM's own default differs between its server and its engine in another process.
+        *("--max-num-batched-tokens", "2048", "--no-enable-prefix-caching"),
+        *(["--enforce-eager"] if eager else []),
+    ]
 
 
 def variables(place: Place) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,8 +251,16 @@ def test_costs_are_found_again() -> None:
 
     assert (found.request, found.message, found.token) == pytest.approx((0.001, 0.0002, 0.00001))
     assert idle == pytest.approx(0.0001)
-    again = costs.costs_of(costs.as_json(cells), "batcher")
-    assert again == found
+    written = json.loads(json.dumps(costs.as_json(cells)))
+    assert costs.costs_of(written, "batcher") == found
+    assert costs.cells_of(written) == cells
+
+
+def test_a_busy_machine_is_reported_below_the_table() -> None:
+    quiet = measured(10, 50, 640, idle=0.0)
+
+    assert "Not a quiet machine" not in costs.markdown([quiet], "a machine")
+    assert "up to 1.5 cores" in costs.markdown([quiet, replace(quiet, others=1.5)], "a machine")
 
 
 def test_no_cost_is_negative() -> None:
@@ -265,8 +275,9 @@ def test_what_reaches_beyond_the_window_is_not_counted() -> None:
         Answer(1.0, [(1.5, 1), (1.9, 1)], 2, ended=1.9),
     ]
 
-    found = summarize(Cell(3, 1, 0.4), answers, 1.0, 3.0, {"router": 0.1, "batcher": 0.2}, 0.0)
+    found = summarize(Cell(3, 1, 0.4), [*answers, None], 1.0, 3.0, {"router": 0.1, "batcher": 0.2}, 0.0)
 
+    assert found.failed == 1
     assert found.requests == 0.5, "one of the two ended within the two seconds"
     assert found.tokens == (2 + 2 + 1 + 1) / 2
     assert found.messages == pytest.approx(3 / 0.4), "each of three workers sends one in a step"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from headrace import errors
+from headrace.upstream.http import events
 from headrace.upstream.http.sse import MAX_EVENT_BYTES
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import eventually
@@ -241,7 +242,7 @@ async def test_a_raw_prompt_is_sent_to_the_other_endpoint() -> None:
     [
         ((delta("Hel"), b"data: {broken\n\n"), "not JSON"),
         ((delta("Hel"), b"data: " + b"x" * (MAX_EVENT_BYTES + 1)), f"more than {MAX_EVENT_BYTES} bytes"),
-        ((delta("Hel"), event({"error": {"message": "the engine died", "code": 500}})), "the engine died"),
+        ((delta("Hel"), event({"error": {"message": "the engine died", "code": 500}})), "an error 500"),
         ((delta("Hel"), DONE), "."),
         ((delta("Hel"),), "."),
     ],
@@ -261,6 +262,38 @@ async def test_an_answer_that_breaks_off_is_lost_and_keeps_what_was_delivered(
         assert text == "Hel"
         assert len(fake.seen) == 1, "an answer that has begun is never requested again"
         await eventually(lambda: not tier.left_behind)
+
+
+async def test_an_answer_ends_although_the_stream_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "END_SECONDS", 0.2)
+    async with fake_upstream() as fake, running_upstream(fake) as tier:
+
+        async def dribbles(exchange: Exchange) -> None:
+            await exchange.head()
+            await exchange.chunk(delta("Hi") + finish() + usage())
+            while not exchange.gone:
+                await exchange.chunk(b": still here\n\n")
+                await asyncio.sleep(0.01)
+
+        fake.usual = dribbles
+        answer = await answer_of(tier, ask())
+
+        assert (answer.text, answer.finish.usage.prompt_tokens) == ("Hi", 7)
+        await fake.idle()
+
+
+async def test_a_huge_answer_in_one_piece_arrives_in_messages_that_a_router_accepts() -> None:
+    text = "x" * 3_000_000
+    async with fake_upstream() as fake, running_upstream(fake) as tier:
+        body = {"choices": [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]}
+        fake.usual = lambda exchange: exchange.reply(200, body)
+        sizes, parts = [], []
+        async for response in tier.client.attempt(ask(), timeout=60):
+            sizes.append(response.ByteSize())
+            parts.append(response.delta.text)
+
+        assert "".join(parts) == text
+        assert max(sizes) < 500_000
 
 
 async def test_a_connection_that_is_reset_midway_loses_the_answer() -> None:

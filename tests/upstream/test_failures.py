@@ -13,7 +13,18 @@ from headrace import errors
 from headrace.cli.launch.mesh import reserved_ports
 from headrace.upstream import asking
 from tests.harness import eventually
-from tests.upstream.fake import DONE, ROLE, Exchange, Script, delta, event, fake_upstream, refuses, says
+from tests.upstream.fake import (
+    DONE,
+    ROLE,
+    Exchange,
+    Script,
+    delta,
+    event,
+    fake_upstream,
+    finish,
+    refuses,
+    says,
+)
 from tests.upstream.tier import answer_of, ask, running_upstream
 
 
@@ -79,7 +90,7 @@ _REDIRECT = refuses(307, location="http://elsewhere.example/v1/chat/completions"
 
 # What a URL does, the error that the caller gets, and a part of its message.
 FAULTS: dict[str, tuple[Script, type[errors.HeadraceError], str]] = {
-    "a 500": (refuses(500, "engine died"), errors.NoWorkers, "engine died"),
+    "a 500": (refuses(500, "engine died"), errors.NoWorkers, "500"),
     "a 503": (refuses(503), errors.NoWorkers, "503"),
     "an HTML error page": (
         lambda exchange: exchange.reply(502, b"<html><h1>Bad gateway</h1></html>", "text/html"),
@@ -100,19 +111,25 @@ FAULTS: dict[str, tuple[Script, type[errors.HeadraceError], str]] = {
     "a redirect": (_REDIRECT, errors.NoWorkers, "redirects"),
     "broken JSON": (says(b"data: {broken\n\n"), errors.NoWorkers, "not JSON"),
     "a huge event": (says(b"data: " + b"x" * (2 << 20)), errors.NoWorkers, "bytes"),
-    "an error event": (says(event({"error": {"message": "out of memory"}})), errors.NoWorkers, "memory"),
+    "an error event": (says(event({"error": {"message": "out of memory"}})), errors.NoWorkers, "500"),
     "DONE at once": (says(DONE), errors.NoWorkers, ""),
     "an empty stream": (says(), errors.NoWorkers, ""),
     "a wrong key": (refuses(401, "bad key"), errors.NoWorkers, "401"),
     "an unknown model": (refuses(404, "no such model"), errors.NoWorkers, "404"),
 }
+# Other faults are found without waiting, and a busy machine needs time for an answer.
+_STALLS = {"no response", "no token", "comments only"}
 _each_fault = pytest.mark.parametrize("fault", FAULTS)
+
+
+def _patience(fault: str) -> float:
+    return 1.0 if fault in _STALLS else 60.0
 
 
 @_each_fault
 async def test_a_failure_before_the_first_token_is_an_error_that_lets_the_router_go_on(fault: str) -> None:
     script, kind, message = FAULTS[fault]
-    async with fake_upstream() as fake, running_upstream(fake, first_token_seconds=0.3) as tier:
+    async with fake_upstream() as fake, running_upstream(fake, first_token_seconds=_patience(fault)) as tier:
         fake.usual = script
 
         with pytest.raises(kind) as raised:
@@ -129,7 +146,7 @@ async def test_another_url_answers_instead(fault: str) -> None:
     async with AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(fake_upstream()) for _ in range(2)]
         tier = await stack.enter_async_context(
-            running_upstream(first, second, first_token_seconds=0.3, probe_seconds=60)
+            running_upstream(first, second, first_token_seconds=_patience(fault), probe_seconds=60)
         )
         await eventually(lambda: len(tier.running.urls.usable(time.monotonic())) == 2)
         first.usual = FAULTS[fault][0]
@@ -193,6 +210,14 @@ async def test_a_mistake_of_the_caller_is_reported_and_not_repeated() -> None:
             await answer_of(tier, ask())
 
         assert len(first.seen) + len(second.seen) == 1
+
+
+async def test_half_a_surrogate_pair_is_a_mistake_of_the_caller() -> None:
+    async with fake_upstream() as fake, running_upstream(fake, api="vllm") as tier:
+        with pytest.raises(errors.InvalidRequest, match="surrogate"):
+            await answer_of(tier, ask(json_schema='{"type": "object", "title": "\\ud800"}'))
+
+        assert not fake.seen
 
 
 async def test_a_request_that_cannot_be_translated_never_leaves() -> None:
@@ -268,7 +293,7 @@ async def test_the_breaker_opens_after_failures_and_closes_after_one_request() -
         for _ in range(3):
             with pytest.raises(errors.NoWorkers):
                 await answer_of(tier, ask())
-        with pytest.raises(errors.NoWorkers, match=r"several requests failed, the last one: .*engine died"):
+        with pytest.raises(errors.NoWorkers, match=r"several requests failed, the last one: .* answered 500"):
             await answer_of(tier, ask())
         assert len(fake.seen) == 3, "the last request was not sent"
         await eventually(lambda: not tier.running.server.health.ready)
@@ -311,6 +336,46 @@ async def test_repeated_faults_of_one_request_do_not_open_the_breaker() -> None:
         fake.scripts.extend([refuses(500)] * 5)
 
         assert (await answer_of(tier, ask())).text == "Hello you"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (event({"choices": [{"delta": {"content": "Hm"}}]}), finish("content_filter")),
+        (delta(tool_calls=[{"index": 0, "id": "a", "function": {"name": "other", "arguments": "{}"}}]),),
+    ],
+    ids=["filtered", "a call of an unknown tool"],
+)
+async def test_an_unusable_answer_of_a_working_service_does_not_open_the_breaker(
+    answer: tuple[bytes, ...],
+) -> None:
+    async with fake_upstream() as fake, running_upstream(fake, breaker_failures=1) as tier:
+        fake.usual = says(*answer, DONE)
+        for _ in range(2):
+            with pytest.raises(errors.Unavailable) as raised:
+                await answer_of(tier, ask())
+            assert "unusable" in raised.value.fields
+
+        assert len(fake.seen) == 2
+
+
+async def test_requests_that_are_not_sent_do_not_count_against_the_limit_of_the_minute() -> None:
+    async with (
+        fake_upstream() as fake,
+        running_upstream(fake, max_concurrent=1, queue_limit=0, requests_per_minute=2) as tier,
+    ):
+        fake.usual = _stalls
+        held = asyncio.create_task(answer_of(tier, ask()))
+        await eventually(lambda: fake.answering == 1)
+        for _ in range(5):
+            with pytest.raises(errors.Overloaded, match="in flight"):
+                await answer_of(tier, ask())
+        held.cancel()
+        await asyncio.wait([held])
+        await eventually(lambda: not tier.left_behind)
+        fake.usual = says(delta("Hi"), finish(), DONE)
+
+        assert (await answer_of(tier, ask())).text == "Hi"
 
 
 async def test_requests_return_to_the_preferred_url_when_it_recovers() -> None:

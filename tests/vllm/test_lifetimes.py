@@ -52,7 +52,9 @@ def asking(seed: int) -> pb.GenerateRequest:
 async def pair(
     python: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncGenerator[Pair, None]:
-    plan = vllm_plan(python, folder, workers=2)
+    # A busy machine must not hand off what a drain could finish.
+    flags = worker_flags(folder, "--drain-seconds", "600")
+    plan = vllm_plan(python, folder, workers=2, worker_flags=flags)
     logs = tmp_path_factory.mktemp("pair")
     async with fleet(plan, logs) as running, connect(running.target, retries=0) as client:
         answers = await asyncio.gather(

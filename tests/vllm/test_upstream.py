@@ -56,7 +56,8 @@ async def test_the_server_of_vllm_serves_a_tier(python: str, folder: Path, tmp_p
             for _ in range(2)
         ]
         assert first.text == second.text
-        assert first.tokens == first.finish.usage.completion_tokens, "vLLM counts the tokens of each event"
+        # vLLM counts the tokens of each event, and at the end also that of the end of the turn.
+        assert first.tokens <= first.finish.usage.completion_tokens <= first.tokens + 1
         chosen = ask("Yes or no?", temperature=0, choices=pb.Choices(texts=["yes", "no"]))
         assert (await collect(tier.client, chosen)).text in ("yes", "no")
         many = [collect(tier.client, ask(f"Count to {number}.", max_tokens=20)) for number in range(16)]

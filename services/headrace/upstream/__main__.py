@@ -94,7 +94,6 @@ async def upstream(settings: Settings) -> AsyncGenerator[RunningUpstream, None]:
                 limits,
                 tier=settings.tier,
                 retries=settings.retries,
-                retried=lambda: per_minute.retried(time.monotonic()),
             )
             answering = Answering(
                 asking, slots, per_minute, terms, max_unread_seconds=settings.max_unread_seconds

@@ -98,7 +98,7 @@ class Answering:
                 taken = self._take(call)
                 self.live[live] = None
                 try:
-                    await self._answer(live, call, deadline, incoming.framed, write)
+                    await self._answer(live, call, taken, deadline, incoming.framed, write)
                 finally:
                     del self.live[live]
                     self._correct(taken, live)
@@ -130,19 +130,22 @@ class Answering:
         return self._per_minute.admit(tokens, time.monotonic())
 
     def _correct(self, taken: Taken, live: LiveAnswer) -> None:
-        """Replace the estimate by what was used."""
+        """Replace the estimate by what was used, or give it back."""
         used = live.used
         if used is None:
             used = prompt_tokens(live.request) + live.tokens if live.accepted else 0
         self._per_minute.correct(taken, used, time.monotonic())
 
     async def _answer(
-        self, live: LiveAnswer, call: Call, deadline: Deadline, framed: bool, write: Write
+        self, live: LiveAnswer, call: Call, taken: Taken, deadline: Deadline, framed: bool, write: Write
     ) -> None:
+        def sent() -> None:
+            self._per_minute.sent(taken, time.monotonic())
+
         self._describe(live, call)
         async with self._slots.held(deadline):
             live.sent = time.monotonic()
-            async with self._asking.begun(call, deadline) as begun:
+            async with self._asking.begun(call, deadline, sent) as begun:
                 live.url, live.accepted = begun.url.url, True
                 await self._write(live, write, self._accepted(live))
                 await self._pass_on(live, begun, framed, write)

@@ -34,7 +34,6 @@ class Asking:
     """Asks the upstream.
 
     retries   rounds after the first one
-    retried   called for each HTTP request that repeats another
     """
 
     def __init__(
@@ -45,25 +44,29 @@ class Asking:
         *,
         tier: str,
         retries: int,
-        retried: Callable[[], None],
     ) -> None:
         self._http = http
         self._urls = urls
         self._limits = limits
         self._tier = tier
         self._retries = retries
-        self._retried = retried
 
     @asynccontextmanager
-    async def begun(self, call: Call, deadline: Deadline) -> AsyncGenerator[Begun, None]:
+    async def begun(
+        self, call: Call, deadline: Deadline, sent: Callable[[], None]
+    ) -> AsyncGenerator[Begun, None]:
         """Hold an answer that has begun, while the block runs. The caller ends the wait at *deadline*.
+
+        sent   called for each HTTP request, before it is sent
 
         Raises NoWorkers, Overloaded, and InvalidRequest for what the upstream does not accept.
         """
         async with AsyncExitStack() as stack:
-            yield await self._first(call, deadline, stack)
+            yield await self._first(call, deadline, sent, stack)
 
-    async def _first(self, call: Call, deadline: Deadline, stack: AsyncExitStack) -> Begun:
+    async def _first(
+        self, call: Call, deadline: Deadline, sent: Callable[[], None], stack: AsyncExitStack
+    ) -> Begun:
         """Return the first answer that begins."""
         attempts = 0
         failure: errors.HeadraceError | None = None
@@ -71,8 +74,8 @@ class Asking:
             failures: list[errors.HeadraceError] = []
             tried: list[UpstreamUrl] = []
             while url := self._urls.pick(time.monotonic(), tried, doubtful=number > 0):
+                sent()
                 if failure is not None:
-                    self._retried()
                     metrics.RETRIES.of(tier=self._tier, error=failure.reason).add()
                 tried.append(url)
                 try:
@@ -125,8 +128,10 @@ class Asking:
             )
         if before is not None:
             return before
+        # Without a problem, a URL whose circuit breaker was open has its one probe in flight.
+        problem = self._urls.problem(now) or "it failed several times, and one request tries it at the moment"
         raise errors.NoWorkers(
-            f"the upstream of tier {self._tier!r} cannot be used ({self._urls.problem(now)})",
+            f"the upstream of tier {self._tier!r} cannot be used ({problem})",
             retry_after=NO_DELAY_KNOWN,
         )
 

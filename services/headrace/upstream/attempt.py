@@ -18,7 +18,7 @@ from headrace import attributes, errors, propagation, statuses
 from headrace.metrics import upstream as metrics
 from headrace.runtime.breaker import BreakerState
 from headrace.upstream.api.events import AnswerReader
-from headrace.upstream.api.problems import problem_of
+from headrace.upstream.api.problems import UNUSABLE, problem_of
 from headrace.upstream.call import Call
 from headrace.upstream.http.events import AnswerStream
 from headrace.upstream.http.session import MAX_ERROR_BYTES, Broken, Http, Response
@@ -213,7 +213,7 @@ class _Record:
         self._error = error.reason
         # Messages about the caller's mistakes may quote the request.
         self._message = error.message if error.code in statuses.SERVER_ERRORS else ""
-        if isinstance(error, errors.InvalidRequest):
+        if isinstance(error, errors.InvalidRequest) or UNUSABLE in error.fields:
             self._url.succeeded()  # it serves
         elif isinstance(error, errors.Overloaded):
             self._url.block(error.retry_after or 0.0, now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from headrace import errors
 from headrace.metrics.requests import operation_of
 from headrace.upstream.api.requests import to_http
 from headrace.upstream.api.terms import Terms
@@ -34,5 +35,10 @@ def call_for(request: pb.GenerateRequest, terms: Terms) -> Call:
     """Return the call for *request*. Takes milliseconds for megabytes. Raises InvalidRequest."""
     made = to_http(request, terms)
     # Bytes of UTF-8, not escapes: most texts are half as long.
-    body = json.dumps(made.body, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        body = json.dumps(made.body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # JSON within the request may contain one, as an escape
+        raise errors.InvalidRequest(
+            "a JSON schema in the request contains half of a surrogate pair, which is not a character"
+        ) from None
     return Call(request, terms, made.path, body)

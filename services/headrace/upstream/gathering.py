@@ -9,6 +9,8 @@ from headrace.v1 import generation_pb2 as pb
 
 # Where the parts of a delta are joined, their order is lost, so only deltas of one kind are.
 _KINDS = ("text", "reasoning", "tool_calls")
+# Deltas are not joined beyond this size: a message of 4 MiB would be rejected.
+MAX_BYTES = 256 * 1024
 
 
 class Gathering:
@@ -22,19 +24,19 @@ class Gathering:
         self.flush_at = math.inf
         self._flusher = flusher
         self._delta: pb.Delta | None = None
+        self._size = 0  # of the gathered delta, about, in bytes
         self._first = True
 
     def add(self, delta: pb.Delta, now: float) -> list[pb.Delta]:
         """Add a delta; return those that are due."""
         due = []
-        if self._delta is None:
-            self._delta = delta
-            self.flush_at = now + self._flusher.seconds
-        elif _joinable(self._delta, delta):
+        size = delta.ByteSize()
+        if self._delta is not None and self._size + size <= MAX_BYTES and _joinable(self._delta, delta):
             _join(self._delta, delta)
+            self._size += size
         else:
             due = self.flush()
-            self._delta = delta
+            self._delta, self._size = delta, size
             self.flush_at = now + self._flusher.seconds
         if self._first or self._delta.token_count >= self._flusher.tokens:
             self._first = False

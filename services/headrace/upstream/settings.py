@@ -76,7 +76,7 @@ class Settings(CalledServiceSettings):
         default=3,
         ge=0,
         le=20,
-        description="how often a request is sent again that failed before its first token",
+        description="how often a request is repeated that failed at all usable URLs before its first token",
     )
     context_length: int = Field(
         default=0,

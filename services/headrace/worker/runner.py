@@ -1,7 +1,7 @@
 """The interface between the batchers' streams and whatever computes tokens.
 
 `streams` submits sequences to a `Runner` and receives a report of each step. `engine.plan.loop.EngineLoop`
-is the runner that drives our own engine; another inference engine can implement the same few methods.
+is the runner that drives our own engine, `vllm.runner.VllmRunner` the one over vLLM.
 Everything that crosses the interface is a plain value defined here, without protobuf, gRPC and torch.
 """
 

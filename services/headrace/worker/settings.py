@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -172,10 +173,17 @@ class Settings(ServiceSettings):
             words = shlex.split(self.engine_args)
         except ValueError as error:
             raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args): {error}") from None
-        for word in words:
-            name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
-            if word.startswith("--") and name in _OWN:
-                raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args) has {word}: {_OWN[name]}")
+        if problem := own_argument(words):
+            raise ValueError(f"HEADRACE_ENGINE_ARGS (or --engine-args) has {problem}")
+
+
+def own_argument(words: Sequence[str]) -> str:
+    """Return the first of vLLM's arguments that the worker sets itself, and why; empty if there is none."""
+    for word in words:
+        name = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
+        if word.startswith("--") and name in _OWN:
+            return f"{word}: {_OWN[name]}"
+    return ""
 
 
 def _joined(words: list[str]) -> list[str]:

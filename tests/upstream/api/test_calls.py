@@ -34,6 +34,22 @@ def test_a_call_of_openai() -> None:
     assert [delta.token_count for delta in deltas] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("choice", [{"mode": "TOOL_MODE_REQUIRED"}, {"name": "get_time"}])
+@pytest.mark.parametrize(("finish", "complete"), [("stop", False), ("length", True)])
+def test_an_answer_without_a_required_call_is_lost(
+    choice: dict[str, Any], finish: str, complete: bool
+) -> None:
+    """llama.cpp ignores tools if the chat template of the model does."""
+    reading = reader(chat={**TOOLS, "tool_choice": choice})
+    reading.read(chunk(content="No."))
+
+    if complete:
+        reading.read(chunk(finish=finish))
+        return
+    with pytest.raises(errors.UpstreamLost, match="without the call of a tool"):
+        reading.read(chunk(finish=finish))
+
+
 # What servers send for two calls, and the ids that come out.
 TWO: list[tuple[list[dict[str, Any]], list[str]]] = [
     ([parts(call(0, "a", "get_time", "{}"), call(1, "b", "get_weather", "{}"))], ["a", "b"]),

@@ -269,6 +269,20 @@ def test_an_upstream_that_ignores_logprobs_is_left_to_another_tier(sampling: dic
     assert errors.FEATURE in raised.value.fields
 
 
+@pytest.mark.parametrize(("sampling", "complete"), [({"logprobs": True}, True), ({"top_logprobs": 2}, False)])
+def test_logprobs_that_are_missing_after_thoughts(sampling: dict[str, Any], complete: bool) -> None:
+    """Routers ask for log-probabilities to judge drafts, which must not lose the answer of a caller."""
+    reading = reader(sampling=sampling)
+    reading.read(chunk(reasoning="Hm."))
+
+    if complete:
+        (delta,) = reading.read(chunk(content="a"))
+        assert (delta.text, delta.token_count, list(delta.logprobs)) == ("a", 1, [])
+        return
+    with pytest.raises(errors.UpstreamLost, match="log-probabilities"):
+        reading.read(chunk(content="a"))
+
+
 def test_text_that_was_held_back_may_come_without_logprobs() -> None:
     events = [chunk(content="a", **logprobs(LIKELY)), chunk(content="b"), END]
 
@@ -410,10 +424,10 @@ def test_an_error_within_the_answer_loses_it(event: dict[str, Any]) -> None:
     reading = reader(key="sk-0123456789")
     reading.read(chunk(content="a"))
 
-    with pytest.raises(errors.UpstreamLost, match="broke") as raised:
+    with pytest.raises(errors.UpstreamLost, match="an error 500; the answer is incomplete") as raised:
         reading.read(event)
 
-    assert "0123456789" not in raised.value.message
+    assert "broke" not in raised.value.message, "it may quote the prompt, and is logged"
 
 
 def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,9 @@ RECORDED: list[tuple[str, type[errors.HeadraceError], str]] = [
     ("vllm/bad_type", errors.InvalidSampling, "sampling.max_tokens"),
     ("vllm/no_model", errors.NoWorkers, ""),
     ("vllm/no_path", errors.NoWorkers, ""),
+    ("llama_cpp/too_long", errors.ContextTooLong, "input"),
+    ("llama_cpp/bad_type", errors.InvalidRequest, ""),
+    ("llama_cpp/no_path", errors.NoWorkers, ""),
 ]
 
 
@@ -190,15 +193,31 @@ def test_keys_are_removed_from_codes_and_from_text() -> None:
     assert KEY not in problem(500, f"no {KEY}".encode()).message
 
 
+@pytest.mark.parametrize("status", [408, 500, 503, 529])
+def test_what_is_no_mistake_of_request_or_operator_is_reported_without_the_message(status: int) -> None:
+    """llama.cpp quotes answers that it cannot parse, and such an error is logged."""
+    error = problem(status, openai("cannot parse: my secret", "parse_error"))
+
+    assert "secret" not in f"{error} {error.fields}"
+    assert error.fields[UPSTREAM_CODE] == "parse_error"
+
+
+def test_a_code_that_repeats_the_status_is_left_out() -> None:
+    """As llama.cpp's."""
+    error = problem(400, {"error": {"code": 400, "message": "no", "type": "exceed_context_size_error"}})
+
+    assert error.fields[UPSTREAM_CODE] == "exceed_context_size_error"
+
+
 def test_messages_are_one_line_of_bounded_length() -> None:
-    said = problem(500, openai("a\r\nb\x00c\x1b[31m\u202e" + "x" * 5000)).message
+    said = problem(400, openai("a\r\nb\x00c\x1b[31m\u202e" + "x" * 5000)).message
 
     assert said.isprintable()
     assert len(said) < 400
 
 
 def test_a_page_of_html_is_replaced_by_its_title() -> None:
-    said = problem(502, b"<html><head><title>502 Bad Gateway</title></head><body>long</body>").message
+    said = problem(429, b"<html><head><title>502 Bad Gateway</title></head><body>long</body>").message
 
     assert said.endswith("a page of HTML, '502 Bad Gateway'")
 

@@ -48,11 +48,19 @@ def test_a_request_larger_than_the_limit_is_admitted_alone_and_paid_for_later() 
 
 def test_retries_count_against_the_requests_of_a_minute() -> None:
     limits = PerMinute(requests=2, tokens=0, now=0.0)
-    limits.admit(1, 0.0)
-    limits.retried(0.0)
+    taken = limits.admit(1, 0.0)
+    limits.sent(taken, 0.0)
+    limits.sent(taken, 0.0)
 
     with pytest.raises(errors.Overloaded):
         limits.admit(1, 0.0)
+
+
+def test_a_request_that_was_never_sent_is_given_back() -> None:
+    limits = PerMinute(requests=1, tokens=10, now=0.0)
+    limits.correct(limits.admit(10, 0.0), 0, 0.0)
+
+    limits.sent(limits.admit(10, 0.0), 0.0)
 
 
 @given(

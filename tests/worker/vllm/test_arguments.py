@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.worker.settings import Settings
-from headrace.worker.vllm.arguments import arguments, environment
+from headrace.worker.vllm.arguments import arguments, environment, with_file
 
 FOLDER = Path("/models/m")
 
@@ -50,6 +50,30 @@ def test_what_the_user_gives_to_vllm_comes_last() -> None:
     found = given(dtype="float16", engine_args="--dtype bfloat16 --config 'my file.yaml'")
 
     assert found[-4:] == ["--dtype", "bfloat16", "--config", "my file.yaml"]
+
+
+@pytest.mark.parametrize("config", ["--config e.yaml", "--config=e.yaml"])
+def test_the_arguments_of_a_file_come_after_those_of_settings(config: str) -> None:
+    """Of two equal arguments, the later one counts."""
+    found = with_file(
+        given(dtype="float16", engine_args=f"{config} --enforce-eager"),
+        {"e.yaml": ["--dtype", "bfloat16", "--max-model-len", "8192"]}.__getitem__,
+    )
+
+    assert found[-5:] == ["--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager"]
+    assert "--config" not in found
+
+
+@pytest.mark.parametrize("name", ["--model", "--tokenizer", "--scheduling_policy"])
+def test_a_file_does_not_set_what_the_worker_sets_itself(name: str) -> None:
+    with pytest.raises(ValueError, match=f"e.yaml has {name}"):
+        with_file(["--config", "e.yaml"], lambda file: [name, "other"])
+
+
+@pytest.mark.parametrize("words", [["--config"], ["--config", "a.yaml", "--config", "b.yaml"]])
+def test_there_is_one_file_at_most(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="--config names one file"):
+        with_file(words, lambda file: [])
 
 
 def test_nothing_is_sent_to_the_makers_of_vllm_unless_the_user_says_so() -> None:

@@ -7,7 +7,9 @@ import os
 import pickle
 import signal
 import sys
-from contextlib import suppress
+from asyncio.subprocess import Process
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -31,17 +33,37 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
 async def test_a_started_process_is_killed_with_its_parent(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(_PARENT)
-    parent = await asyncio.create_subprocess_exec(sys.executable, script, stdout=asyncio.subprocess.PIPE)
-    assert parent.stdout is not None
-    child = int(await parent.stdout.readline())
-    try:
+    async with _family(tmp_path) as (parent, child):
         parent.send_signal(signal.SIGKILL)
         await parent.wait()
 
         await eventually(lambda: not _alive(child))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+async def test_a_signal_to_the_group_of_the_parent_does_not_reach_it(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal is such a signal; the worker drains then, and needs the process for it."""
+    async with _family(tmp_path) as (parent, child):
+        assert os.getpgid(parent.pid) == parent.pid
+        assert os.getpgid(child) == child
+
+
+@asynccontextmanager
+async def _family(folder: Path) -> AsyncGenerator[tuple[Process, int], None]:
+    """Run a parent in a group of its own; yields it, and the id of its child."""
+    script = folder / "parent.py"
+    script.write_text(_PARENT)
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, script, stdout=asyncio.subprocess.PIPE, process_group=0
+    )
+    assert parent.stdout is not None
+    child = int(await parent.stdout.readline())
+    try:
+        yield parent, child
     finally:
+        with suppress(ProcessLookupError):
+            parent.kill()
+        await parent.wait()
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
 

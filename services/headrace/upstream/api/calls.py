@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.checks.conversations import MAX_CALL_ID, MAX_CALLS
 from headrace.quoting import quoted
-from headrace.upstream.api.malformed import Malformed, list_in, object_in, text_in
+from headrace.upstream.api.malformed import Malformed, Unusable, list_in, object_in, text_in
 from headrace.upstream.api.words import valid
 from headrace.v1 import generation_pb2 as pb
 
@@ -36,6 +36,10 @@ class CallReader:
             self._names = frozenset([choice.name])
         elif choice.mode != pb.TOOL_MODE_NONE:
             self._names = frozenset(tool.name for tool in chat.tools)
+        # A stop text may end an answer before its call.
+        self._required = not request.sampling.stop and (
+            choice.HasField("name") or choice.mode == pb.TOOL_MODE_REQUIRED
+        )
         self._ids = {call.id for message in chat.messages for call in message.tool_calls}
         self._made_from = f"{request.sampling.seed} {request.request_id} {len(chat.messages)}"
         self._begun = 0
@@ -50,7 +54,12 @@ class CallReader:
         return [part for each in list_in(parts, "calls") for part in self._read(object_in(each, "a call"))]
 
     def finish(self) -> list[pb.ToolCallDelta]:
-        """Return the rest of the last call. Raises Malformed unless its arguments are a JSON object."""
+        """Return the rest of the last call.
+
+        Raises Unusable unless its arguments are a JSON object, and if a call that is required is missing.
+        """
+        if self._required and not self._begun:
+            raise Unusable("an answer without the call of a tool that the request requires")
         return list(self._end())
 
     def _read(self, part: dict[str, Any]) -> Iterator[pb.ToolCallDelta]:
@@ -85,9 +94,9 @@ class CallReader:
 
     def _begin(self, place: int | None, id: str, name: str, arguments: str) -> pb.ToolCallDelta:
         if name not in self._names:
-            raise Malformed(f"a call of {quoted(name)}, which is no tool that the request lets it call")
+            raise Unusable(f"a call of {quoted(name)}, which is no tool that the request lets it call")
         if self._begun >= self._most:
-            raise Malformed(f"more calls than the {self._most} that the request lets it make")
+            raise Unusable(f"more calls than the {self._most} that the request lets it make")
         if place is not None and place in self._places and place != self._place:
             raise Malformed("a call with the index of an earlier one")
         if place is not None:
@@ -128,4 +137,4 @@ class CallReader:
         except (ValueError, RecursionError):
             read = None
         if not isinstance(read, dict):
-            raise Malformed(f"arguments of call {self._begun - 1} that are not a JSON object")
+            raise Unusable(f"arguments of call {self._begun - 1} that are not a JSON object")

@@ -11,8 +11,8 @@ from typing import Any
 from headrace import errors
 from headrace.quoting import quoted
 from headrace.upstream.api.calls import CallReader
-from headrace.upstream.api.malformed import Malformed, list_in, object_in
-from headrace.upstream.api.problems import problem_of_event
+from headrace.upstream.api.malformed import Malformed, Unusable, list_in, object_in
+from headrace.upstream.api.problems import UNUSABLE, UPSTREAM_STATUS, problem_of_event
 from headrace.upstream.api.requests import most_tokens
 from headrace.upstream.api.splitting import split
 from headrace.upstream.api.terms import Terms, unsupported
@@ -95,7 +95,10 @@ class AnswerReader:
                 for delta in self._read(object_in(choice, "a choice"))
             ]
         except Malformed as problem:
-            raise self._lost(f"sent {problem}") from None
+            lost = self._lost(f"sent {problem}")
+            if isinstance(problem, Unusable):
+                lost.fields[UNUSABLE] = "tool_calls"
+            raise lost from None
         self.begun = self.begun or self.finished or bool(deltas)
         return deltas
 
@@ -116,7 +119,11 @@ class AnswerReader:
             return
         reported = problem_of_event(error, key=self._key)
         if self.begun:
-            raise errors.UpstreamLost(f"{reported.message}; the answer is incomplete", **reported.fields)  # type: ignore[arg-type]
+            status = reported.fields[UPSTREAM_STATUS]
+            # Without its message, which may quote prompt or answer: this error enters logs and spans.
+            lost = self._lost(f"reported an error {status}")
+            lost.fields |= reported.fields
+            raise lost
         raise reported
 
     def _read(self, choice: dict[str, Any]) -> list[pb.Delta]:
@@ -157,11 +164,15 @@ class AnswerReader:
         if self._characters > MAX_CHARACTERS:
             raise Malformed(f"an answer of more than {MAX_CHARACTERS} characters")
         left = self._most - self.tokens
+        if delta.text and not tokens and self._details and not self._described:
+            if self._with_tokens or not self.begun:
+                raise self._without_details()
+            # The thoughts were delivered. A router asks for log-probabilities to judge a draft, and can do
+            # without them.
+            self._with_logprobs = False
         if not self._details:
             delta.token_count = min(self._estimate(len(tokens)), left)
             return
-        if delta.text and not tokens and not self._described:
-            raise self._without_details()
         self._described = self._described or bool(tokens)
         if len(tokens) > left:
             raise Malformed(f"more tokens than the {self._most} that were requested")
@@ -190,7 +201,9 @@ class AnswerReader:
         if reason == _FILTERED:
             message = "the service behind this tier withheld the answer: its content filter objects to it"
             if self.begun:
-                raise errors.UpstreamLost(f"{message} from here on", finish_reason=_FILTERED)
+                lost = errors.UpstreamLost(f"{message} from here on")
+                lost.fields[UNUSABLE] = _FILTERED
+                raise lost
             raise errors.InvalidRequest(f"{message}; change the prompt", field="input")
         end = _REASONS.get(reason) if isinstance(reason, str) else None
         if end is None:

@@ -9,6 +9,10 @@ class Malformed(Exception):
     """An upstream sent something that violates its API. The message completes "the service ... sent "."""
 
 
+class Unusable(Malformed):
+    """The service works, but the model's answer is not what the request asks for."""
+
+
 def object_in(value: object, what: str) -> dict[str, Any]:
     """Return a JSON object. Raises Malformed.
 

@@ -21,6 +21,8 @@ from headrace.upstream.api.words import passed_on
 # Keys in `fields` of the errors here: the upstream's HTTP status, and its own code for the error.
 UPSTREAM_STATUS = "upstream_status"
 UPSTREAM_CODE = "upstream_code"
+# What is wrong with an answer of a service that works: "content_filter" or "tool_calls".
+UNUSABLE = "unusable"
 MAX_WAIT_SECONDS = 3600.0
 
 _QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
@@ -158,13 +160,15 @@ def _number(text: str | None) -> float | None:
 def _error(status: int, report: _Report, wait: float | None) -> errors.HeadraceError:
     error = _classified(status, report, wait or 0.0)
     error.fields[UPSTREAM_STATUS] = str(status)
-    if name := report.code or report.type:
+    names = (report.code, report.type)
+    if name := next((name for name in names if name not in ("", str(status))), ""):
         error.fields[UPSTREAM_CODE] = name
     return error
 
 
 def _classified(status: int, report: _Report, wait: float) -> errors.HeadraceError:
-    said = f"the service behind this tier answered {status}: {report.message}"
+    answered = f"the service behind this tier answered {status}"
+    said = f"{answered}: {report.message}"
     if report.codes & _QUOTA or status == _PAYMENT_REQUIRED:
         return errors.NoWorkers(f"{said}; its quota is used up, which the operator has to extend")
     if report.codes & _KEY or status in (401, 403):
@@ -172,11 +176,12 @@ def _classified(status: int, report: _Report, wait: float) -> errors.HeadraceErr
     if status == 404 or (report.codes & _MODEL and status < 500):
         return errors.NoWorkers(f"{said}; the operator has to check --model and --url")
     if status in _OVERLOADED:
-        return errors.Overloaded(said, retry_after=wait)
+        return errors.Overloaded(said if status < 500 else answered, retry_after=wait)
     if status in _NOT_IMPLEMENTED:
         return errors.InvalidRequest(said, feature="not_implemented")  # see `errors.FEATURE`
     if status in _TEMPORARY or status >= 500:
-        return errors.NoWorkers(said, retry_after=wait)
+        # Without its message, which may quote prompt or answer: this error enters logs and spans.
+        return errors.NoWorkers(answered, retry_after=wait)
     if status == 413 or (status in _INVALID and _too_long(report)):
         return errors.ContextTooLong(said, field="input")
     if status in _INVALID:

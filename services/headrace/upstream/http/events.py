@@ -37,6 +37,7 @@ class AnswerStream:
         self._response = response
         self._splitter = EventSplitter()
         self._stall_seconds = stall_seconds
+        self._ends_at: float | None = None  # once the reason of the end was read; time of the event loop
         self._failure: errors.HeadraceError | None = None  # after the deltas that were returned
 
     async def begin(self) -> list[pb.Delta]:
@@ -73,7 +74,9 @@ class AnswerStream:
             if self._failure is not None:
                 raise self._failure
             finished = self.reader.finished
-            stalled_at = now() + (END_SECONDS if finished else self._stall_seconds)
+            if finished and self._ends_at is None:
+                self._ends_at = now() + END_SECONDS  # whatever arrives until then
+            stalled_at = self._ends_at or now() + self._stall_seconds
             try:
                 async with asyncio.timeout_at(min(until, stalled_at)):
                     piece = await self._response.piece()

@@ -49,9 +49,14 @@ class Level:
 
 @dataclass(slots=True)
 class Taken:
-    """What a request has taken: its tokens, as estimated."""
+    """What a request has taken.
+
+    tokens   as estimated, then as used
+    sent     whether it was sent to the upstream
+    """
 
     tokens: int
+    sent: bool = False
 
 
 class PerMinute:
@@ -82,14 +87,21 @@ class PerMinute:
         self._tokens.take(tokens, now)
         return Taken(tokens)
 
-    def retried(self, now: float) -> None:
-        """Count another attempt of a request that was admitted."""
-        self._requests.take(1, now)
+    def sent(self, taken: Taken, now: float) -> None:
+        """Record that an admitted request is sent to the upstream: each repetition counts as a request."""
+        if taken.sent:
+            self._requests.take(1, now)
+        taken.sent = True
 
     def correct(self, taken: Taken, used: int, now: float) -> None:
-        """Replace the estimated tokens of a request by those that it *used*."""
+        """Replace the estimated tokens of a request that has ended by those that it *used*.
+
+        A request that was never sent, because the queue was full for example, is given back.
+        """
         self._tokens.take(used - taken.tokens, now)
         taken.tokens = used
+        if not taken.sent:
+            self._requests.take(-1, now)
 
 
 def prompt_tokens(request: pb.GenerateRequest) -> int:

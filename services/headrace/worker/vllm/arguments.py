@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from headrace.worker.settings import Settings
+from headrace.worker.settings import Settings, own_argument
 from headrace.worker.vllm.log_lines import CONFIG
 
 _GIB = 2**30
@@ -60,3 +60,28 @@ def environment(current: Mapping[str, str], *, debug: bool) -> dict[str, str]:
         wanted["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG)
     forced = {"VLLM_WORKER_MULTIPROC_METHOD"}
     return {name: value for name, value in wanted.items() if name in forced or name not in current}
+
+
+def with_file(words: Sequence[str], read: Callable[[str], list[str]]) -> list[str]:
+    """Return arguments with those of the file that `--config` names in its place; later ones take precedence.
+
+    read   returns the arguments in a file
+
+    Raises ValueError if there are several files, or an argument that the worker sets itself.
+    """
+    spread = [piece for word in words for piece in _pair(word)]
+    if (files := spread.count("--config")) == 0:
+        return spread
+    place = spread.index("--config")
+    if files > 1 or place == len(spread) - 1:
+        raise ValueError("--config names one file")
+    found = read(spread[place + 1])
+    if problem := own_argument(found):
+        raise ValueError(f"{spread[place + 1]} has {problem}")
+    return [*spread[:place], *found, *spread[place + 2 :]]
+
+
+def _pair(word: str) -> Sequence[str]:
+    """Write `--config=FILE` as two words."""
+    name, equals, file = word.partition("=")
+    return (name, file) if name == "--config" and equals else (word,)

@@ -18,7 +18,7 @@ from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.engine.load.vocabulary import VocabularyReader
 from headrace.worker.runner import ModelInfo, SequenceSpec
 from headrace.worker.settings import Settings
-from headrace.worker.vllm.arguments import arguments, environment
+from headrace.worker.vllm.arguments import arguments, environment, with_file
 from headrace.worker.vllm.drawing.exactness import find_difference
 from headrace.worker.vllm.drawing.following import Structure
 from headrace.worker.vllm.loop_thread import LoopThread
@@ -210,6 +210,7 @@ def parse(words: list[str], *, cache: Path) -> Any:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from yaml import YAMLError
 
     from headrace.worker.vllm.drawing.processor import CACHE, NAME
     from headrace.worker.vllm.lifetime import EndWithParent
@@ -219,10 +220,11 @@ def parse(words: list[str], *, cache: Path) -> Any:
             raise argparse.ArgumentError(None, message)
 
     try:
-        parsed = AsyncEngineArgs.from_cli_args(
-            AsyncEngineArgs.add_cli_args(Parser(add_help=False)).parse_args(words)
-        )
-    except (argparse.ArgumentError, ValueError, OSError) as error:
+        parser = AsyncEngineArgs.add_cli_args(Parser(add_help=False))
+        # vLLM would place a file's arguments first, where those of the worker's settings replace them.
+        placed = with_file(words, parser.load_config_file)
+        parsed = AsyncEngineArgs.from_cli_args(parser.parse_args(placed))
+    except (argparse.ArgumentError, ValueError, OSError, YAMLError) as error:
         raise LoadingError(f"--engine-args: {one_line(error)}") from error
     parsed.served_model_name = None
     parsed.scheduling_policy = "priority"
