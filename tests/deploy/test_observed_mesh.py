@@ -40,6 +40,7 @@ SILENT = {
     "HeadraceGatewayErrorRateHigh": "no request over HTTP failed",
     "HeadraceDeadlinesMissed": "no request passed its deadline",
     "service: Drafts A": "no draft was checked",
+    "share of HTTP requests to upstreams that were rejected for their number": "it has no upstream",
 }
 # They depend on how busy this machine is.
 TIMES = {"HeadraceTimeToFirstTokenHigh", "HeadraceQueueWaitLong", "HeadraceEventLoopLag"}
