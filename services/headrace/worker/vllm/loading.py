@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
+from headrace.worker.engine.load.identity import weights_fingerprint
 from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.engine.load.vocabulary import VocabularyReader
 from headrace.worker.runner import ModelInfo, SequenceSpec
 from headrace.worker.settings import Settings
 from headrace.worker.vllm.arguments import arguments, environment, with_file
+from headrace.worker.vllm.drawing.end_ids import end_ids
 from headrace.worker.vllm.drawing.exactness import find_difference
 from headrace.worker.vllm.drawing.following import Structure
 from headrace.worker.vllm.loop_thread import LoopThread
@@ -261,7 +261,6 @@ def _model(
     vocabulary = int(model.get_vocab_size())
     # vLLM's figure holds for each engine, and accounts for layers that keep less than the whole context.
     tokens = engines * (cache.kv_cache_size_tokens or 0) or cache.num_gpu_blocks * cache.block_size
-    generation = SimpleNamespace(**(model.try_get_generation_config() or {}))
     return ModelInfo(
         name=settings.model,
         revision=folder.name if folder.parent.name == "snapshots" else "",
@@ -273,7 +272,7 @@ def _model(
         ),
         context_length=int(model.max_model_len),
         vocabulary_size=vocabulary,
-        eos_ids=read_eos_ids(folder, [generation, model.hf_text_config], vocabulary=vocabulary, warn=warn),
+        eos_ids=end_ids(model, warn),
         max_running=engines * config.scheduler_config.max_num_seqs,
         block_tokens=int(cache.block_size),
         kv_blocks=tokens // cache.block_size,

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from headrace.worker.engine.drawing.batch import Drawn, DrawnBatch
-from headrace.worker.engine.load.identity import read_eos_ids
 from headrace.worker.engine.load.vocabulary import VocabularyReader
+from headrace.worker.vllm.drawing.end_ids import end_ids
 from headrace.worker.vllm.drawing.handover import unpacked
 
 if TYPE_CHECKING:
@@ -36,14 +35,9 @@ class DrawingProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         model: Any = vllm_config.model_config
-        vocabulary = int(model.get_vocab_size())
-        generation = SimpleNamespace(**(model.try_get_generation_config() or {}))
-        folder = Path(model.model)
-        eos_ids = read_eos_ids(
-            folder, [generation, model.hf_text_config], vocabulary=vocabulary, warn=log.warning
-        )
-        reader = VocabularyReader(folder, Path(dict(vllm_config.additional_config)[CACHE]))
-        reader.make(size=vocabulary, eos_ids=eos_ids)
+        eos_ids = end_ids(model, log.warning)
+        reader = VocabularyReader(Path(model.model), Path(dict(vllm_config.additional_config)[CACHE]))
+        reader.make(size=int(model.get_vocab_size()), eos_ids=eos_ids)
         self._batch = DrawnBatch(eos_ids, device, cache(lambda: reader.grammars(log.warning)))
 
     @classmethod
