@@ -19,6 +19,7 @@ _OWN = {
     "--tokenizer": "the batchers use the tokenizer of HEADRACE_MODEL (or --model)",
     "--scheduling-policy": "the worker orders sequences by their priorities",
     "--logits-processors": "the worker loads its own",
+    "--logprobs-mode": "answers contain the model's own log-probabilities",
 }
 
 

@@ -64,10 +64,17 @@ def test_the_arguments_of_a_file_come_after_those_of_settings(config: str) -> No
     assert "--config" not in found
 
 
-@pytest.mark.parametrize("name", ["--model", "--tokenizer", "--scheduling_policy"])
+@pytest.mark.parametrize("name", ["--model", "--tokenizer", "--scheduling_policy", "--logprobs-mode"])
 def test_a_file_does_not_set_what_the_worker_sets_itself(name: str) -> None:
     with pytest.raises(ValueError, match=f"e.yaml has {name}"):
         with_file(["--config", "e.yaml"], lambda file: [name, "other"])
+
+
+@pytest.mark.parametrize("content", [None, ["--enforce-eager"]], ids=["empty", "list"])
+def test_a_file_without_names_is_refused(content: Any) -> None:
+    """vLLM's reader takes it for a mapping."""
+    with pytest.raises(ValueError, match=r"e\.yaml has no arguments"):
+        with_file(["--config", "e.yaml"], lambda file: [*content.items()])
 
 
 @pytest.mark.parametrize("words", [["--config"], ["--config", "a.yaml", "--config", "b.yaml"]])

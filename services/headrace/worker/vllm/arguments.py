@@ -67,7 +67,8 @@ def with_file(words: Sequence[str], read: Callable[[str], list[str]]) -> list[st
 
     read   returns the arguments in a file
 
-    Raises ValueError if there are several files, or an argument that the worker sets itself.
+    Raises ValueError if there are several files, a file without arguments, or one with an argument that the
+    worker sets itself.
     """
     spread = [piece for word in words for piece in _pair(word)]
     if (files := spread.count("--config")) == 0:
@@ -75,9 +76,13 @@ def with_file(words: Sequence[str], read: Callable[[str], list[str]]) -> list[st
     place = spread.index("--config")
     if files > 1 or place == len(spread) - 1:
         raise ValueError("--config names one file")
-    found = read(spread[place + 1])
+    file = spread[place + 1]
+    try:
+        found = read(file)
+    except AttributeError as error:  # vLLM asks whatever the file contains for its names
+        raise ValueError(f"{file} has no arguments: write lines such as `tensor-parallel-size: 2`") from error
     if problem := own_argument(found):
-        raise ValueError(f"{spread[place + 1]} has {problem}")
+        raise ValueError(f"{file} has {problem}")
     return [*spread[:place], *found, *spread[place + 2 :]]
 
 
