@@ -207,7 +207,8 @@ async def test_a_model_that_vllm_cannot_read_ends_the_start_with_the_reason(
     python: str, tmp_path: Path, model: str
 ) -> None:
     name = str(models.resolve(models.SMALL)) if model == ".gguf" else model
-    code, log = await failed_start(python, tmp_path, "--engine", "vllm", "--model", name)
+    cache = str(tmp_path / "cache")  # the usual one may have a folder that was made from the file
+    code, log = await failed_start(python, tmp_path, "--engine", "vllm", "--model", name, "--cache", cache)
 
     assert code == 1
     assert name in log

@@ -130,10 +130,7 @@ def _load(settings: Settings) -> Runner[SequenceKey]:
     cache = Path(settings.cache) if settings.cache else cache_folder()
     _progress(settings, "files")
     try:
-        path = resolve(settings.model, cache)
-        if settings.engine == "vllm":
-            path = readable_as_folder(path, cache)
-        return (_vllm if settings.engine == "vllm" else _torch)(settings, path, cache)
+        return (_vllm if settings.engine == "vllm" else _torch)(settings, cache)
     except (ModelUnavailable, LoadingError) as error:
         raise StartFailed(str(error)) from error
     except OSError as error:
@@ -152,7 +149,8 @@ def _echo(settings: Settings) -> Runner[SequenceKey]:
     return engine_loop(engine, settings)
 
 
-def _torch(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
+def _torch(settings: Settings, cache: Path) -> Runner[SequenceKey]:
+    path = resolve(settings.model, cache)
     with collection_paused():
         from headrace.worker.engine.load.loading import load_engine
 
@@ -176,9 +174,11 @@ def _torch(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
     return engine_loop(engine, settings)
 
 
-def _vllm(settings: Settings, path: Path, cache: Path) -> Runner[SequenceKey]:
-    from headrace.worker.vllm.loading import load_runner
+def _vllm(settings: Settings, cache: Path) -> Runner[SequenceKey]:
+    from headrace.worker.vllm.loading import load_runner, require_vllm
 
+    require_vllm()  # before gigabytes of weights are fetched in vain
+    path = readable_as_folder(resolve(settings.model, cache), cache)
     return load_runner(
         settings,
         path,

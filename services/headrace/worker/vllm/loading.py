@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -32,6 +33,12 @@ INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
 FEATURES = ("logprobs", "top_logprobs", "prompt_logprobs")
 
 Report = Callable[[str], None]  # receives one sentence
+
+
+def require_vllm() -> None:
+    """Raise LoadingError if vLLM is not installed. Imports nothing of it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise LoadingError(f"--engine vllm needs vLLM; install it into an environment of its own: {INSTALL}")
 
 
 def load_runner(
