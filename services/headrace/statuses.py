@@ -30,6 +30,8 @@ SERVER_ERRORS = frozenset(
     }
 )
 
+# Details of grpc.aio's own status, INTERNAL, if a stream ends during a write; the server's status is lost.
+BROKE_IN_WRITE = "Internal error from Core"
 DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Status
 # Most bytes of a message on the wire. A status travels in headers, which peers limit to 8 KiB in all, and its
 # message is there up to three times, escaped.
@@ -138,6 +140,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.HeadraceError:
             return from_status(status)
     code = error.code() or grpc.StatusCode.UNKNOWN
     details = error.details() or code_pb2.Code.Name(code.value[0])
+    if details == BROKE_IN_WRITE:
+        return errors.Unavailable("the stream to the server broke while a message was sent")
     if code is grpc.StatusCode.UNKNOWN and details.startswith("Stream removed"):
         # gRPC reports a lost transport in this form; only the text contains the cause.
         late = "deadline exceeded" in details.lower()

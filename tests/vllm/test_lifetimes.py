@@ -26,6 +26,8 @@ from tests.harness import Answer, collect, eventually
 from tests.vllm.conftest import START_SECONDS, vllm_plan, worker_flags
 
 TIMEOUT = 600.0
+# Threads of two workers that wait for each other on the same cores make steps take seconds.
+SHARED_CORES = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 TOKENS = 160
 ASKED = 6
 
@@ -54,7 +56,7 @@ async def pair(
 ) -> AsyncGenerator[Pair, None]:
     # A busy machine must not hand off what a drain could finish.
     flags = worker_flags(folder, "--drain-seconds", "600")
-    plan = vllm_plan(python, folder, workers=2, worker_flags=flags)
+    plan = vllm_plan(python, folder, workers=2, worker_flags=flags, environment=SHARED_CORES)
     logs = tmp_path_factory.mktemp("pair")
     async with fleet(plan, logs) as running, connect(running.target, retries=0) as client:
         answers = await asyncio.gather(

@@ -44,7 +44,7 @@ async def test_one_trace_shows_a_request_in_router_batcher_and_worker(client: Cl
 async def test_the_metrics_of_the_engine_count_its_tokens_steps_and_memory(
     client: Client, served: Served
 ) -> None:
-    labels = {"tier": TIER}
+    labels = {"headrace_tier": TIER}
     before = scrape(served.metrics_port)
     answer = await collect(client, chat("Tell me about water mills.", temperature=0, max_tokens=20))
     await served.fleet.quiet()
@@ -55,7 +55,7 @@ async def test_the_metrics_of_the_engine_count_its_tokens_steps_and_memory(
 
     assert grown("headrace_tokens_generated_total") == answer.tokens
     assert grown("headrace_step_duration_seconds_count") >= answer.tokens
-    assert grown("headrace_sequences_ended_total", outcome="ok") == 1
+    assert grown("headrace_sequences_ended_total", headrace_outcome="ok") == 1
     assert after.value("headrace_kv_capacity", **labels) > 0
     assert 0 <= after.value("headrace_kv_usage_ratio", **labels) <= 1
 

@@ -32,8 +32,6 @@ PING_CHECKS = 4  # checks without a message, after which the stream is pinged
 # The server reports a missed deadline itself. If it does not, the call ends this much later.
 LATE_SECONDS = 0.25
 MAX_HANDLE = 2**32 - 1
-# Details of grpc.aio's own status, INTERNAL, if a stream ends during a write; the server's status is lost.
-BROKE_IN_WRITE = "Internal error from Core"
 NOT_OFFERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)  # before the welcome
 
 
@@ -243,8 +241,6 @@ def _reason(raised: Exception) -> errors.HeadraceError:
         statuses_, _ = raised.split(grpc.aio.AioRpcError)
         raised = _first(statuses_ if statuses_ is not None else raised)
     if isinstance(raised, grpc.aio.AioRpcError):
-        if raised.details() == BROKE_IN_WRITE:
-            return errors.Unavailable("the stream to the server broke while a message was sent")
         return statuses.from_rpc_error(raised)
     if isinstance(raised, errors.HeadraceError):
         return raised

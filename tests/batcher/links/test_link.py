@@ -94,6 +94,41 @@ def delta(link: WorkerLink, **fields: object) -> None:
     link.receiver.handle(wire.RunResponse(step=step))
 
 
+class EndingStub:
+    """A worker whose streams end before the welcome: each other time gRPC loses its reason."""
+
+    def __init__(self, channel: object) -> None:
+        self._calls = 0
+
+    def Run(self) -> EndingStub:
+        self._calls += 1
+        return self
+
+    async def write(self, request: wire.RunRequest) -> None:
+        code, details = grpc.StatusCode.UNAVAILABLE, "the model is still loading"
+        if self._calls % 2 == 0:
+            code, details = grpc.StatusCode.INTERNAL, statuses.BROKE_IN_WRITE
+        raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_a_reason_that_is_not_new_is_not_logged_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headrace.batcher.links.link.WorkerServiceStub", EndingStub)
+    monkeypatch.setattr("headrace.batcher.links.link.RECONNECT_SECONDS", (0.0, 0.0))
+    caplog.set_level("INFO", logger="headrace.batcher.links.link")
+    link = WorkerLink("127.0.0.1:1", fingerprint="f", batcher_id="b", listener=Recorder())
+    running = asyncio.create_task(link.run())
+    await eventually(lambda: link.epoch >= 5)
+    running.cancel()
+
+    (line,) = [one for one in caplog.records if one.message == "worker not connected"]
+    assert line.problem == "the model is still loading"  # type: ignore[attr-defined]
+
+
 async def test_repeated_tokens_are_dropped() -> None:
     one = job()
     link = connected(one)

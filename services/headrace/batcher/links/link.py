@@ -272,18 +272,24 @@ class WorkerLink:
                 writer.cancel()
                 watcher.cancel()
         except grpc.aio.AioRpcError as error:
-            raise statuses.from_rpc_error(error) from error
+            raise self._ended_by(error) from error
         except BaseExceptionGroup as group:
             # Reader and writer may both notice that the stream broke; the server's status explains most.
             rpc, _ = group.split(grpc.aio.AioRpcError)
             if rpc is not None:
-                raise statuses.from_rpc_error(_first(rpc)) from group
+                raise self._ended_by(_first(rpc)) from group
             usage, _ = group.split((asyncio.InvalidStateError, grpc.aio.UsageError))
             if usage is not None:
                 raise errors.WorkerLost(f"the stream to {self.target} broke") from group
             raise errors.unwrap(group) from None
         finally:
             call.cancel()
+
+    def _ended_by(self, error: grpc.aio.AioRpcError) -> errors.HeadraceError:
+        """Return why the worker ended the stream. Where that is lost, assume the reason of the last time."""
+        if error.details() == statuses.BROKE_IN_WRITE:
+            return errors.WorkerLost(self.problem or f"the stream to {self.target} broke")
+        return statuses.from_rpc_error(error)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[wire.RunRequest, wire.RunResponse]) -> None:
         while True:

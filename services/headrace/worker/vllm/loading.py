@@ -16,7 +16,7 @@ from typing import Any
 from headrace.worker.engine.load.identity import weights_fingerprint
 from headrace.worker.engine.load.refusals import LoadingError, one_line
 from headrace.worker.engine.load.vocabulary import VocabularyReader
-from headrace.worker.runner import ModelInfo, SequenceSpec
+from headrace.worker.runner import ModelInfo, SamplingParams, SequenceSpec
 from headrace.worker.settings import Settings
 from headrace.worker.vllm.arguments import arguments, environment, with_file
 from headrace.worker.vllm.drawing.end_ids import end_ids
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TESTED = "0.32"  # the minor version of vLLM
 INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
+
+_FIRST_PROMPT = 16  # tokens
 
 FEATURES = ("logprobs", "top_logprobs", "prompt_logprobs")
 
@@ -183,6 +185,8 @@ async def _load(
         vocabulary=model.vocabulary_size,
         drawing=drawing,
     )
+    progress("computing a first answer")
+    await _answer_once(engine, parameters, model)
     if settings.exact and drawing:
         progress("checking whether answers are exact")
         model = replace(model, exact=await _is_exact(engine, parameters, model, warn))
@@ -197,6 +201,18 @@ async def _load(
         structure=Structure(grammars),
     )
     return runner
+
+
+async def _answer_once(engine: Any, parameters: Callable[[SequenceSpec[Any]], Any], model: ModelInfo) -> None:
+    """Compute two tokens: the first steps are slow, and fail if kernels do. Raises LoadingError."""
+    ids = [number % model.vocabulary_size for number in range(min(_FIRST_PROMPT, model.context_length - 2))]
+    spec = SequenceSpec("first", ids, len(ids), SamplingParams(seed=0, max_tokens=2, ignore_eos=True))
+    try:
+        async for _ in engine.generate({"prompt_token_ids": ids}, parameters(spec), spec.key):
+            pass
+    except Exception as error:
+        log.debug("vLLM does not answer", exc_info=True)
+        raise LoadingError(f"vLLM cannot compute with {model.name}: {one_line(error)}") from error
 
 
 async def _is_exact(
