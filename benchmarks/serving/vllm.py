@@ -51,8 +51,9 @@ def arguments(kind: str, *, eager: bool) -> list[str]:
     """
     return [
         *("--dtype", KINDS[kind].dtype, "--max-model-len", "1024", "--max-num-seqs", "32"),
-        # vLLM's own default differs between its server and its engine in another process.
-        *("--max-num-batched-tokens", "2048", "--no-enable-prefix-caching"),
+        # vLLM's own default differs between its server and its engine in another process. With larger steps
+        # all answers stop for seconds while prompts are computed.
+        *("--max-num-batched-tokens", "512", "--no-enable-prefix-caching"),
         *(["--enforce-eager"] if eager else []),
     ]
 

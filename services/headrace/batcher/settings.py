@@ -45,9 +45,10 @@ class Settings(CalledServiceSettings):
     )
     batch_size: int = Field(default=32, ge=1, description="most sequences in a batch")
     batch_tokens: int = Field(
-        default=4096,
+        default=16384,
         ge=1,
-        description="most prompt tokens that may wait at a worker; fewer if it computes fewer in 0.5 s",
+        description="most prompt tokens that may wait at a worker; fewer if it computes fewer in 0.5 s or "
+        "three steps, whichever is more",
     )
     linger: float = Field(
         default=0.005,

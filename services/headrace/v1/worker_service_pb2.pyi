@@ -931,6 +931,7 @@ class ModelDescription(_message.Message):
     DETERMINISM_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     SHARED_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, as configured."""
     revision: _builtins.str
@@ -955,6 +956,8 @@ class ModelDescription(_message.Message):
     """Whether repeated runs give the same tokens."""
     shared_block_tokens: _builtins.int
     """The block size of the prefix cache, in tokens: sequences share whole blocks. 0: no prefix cache."""
+    step_tokens: _builtins.int
+    """The most tokens that one step computes: prompt tokens and continued answers. 0: unknown."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional features of the engine: "logprobs", "top_logprobs", "prompt_logprobs", "structured"."""
@@ -975,10 +978,11 @@ class ModelDescription(_message.Message):
         determinism: Global___Determinism.ValueType = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         shared_block_tokens: _builtins.int = ...,
+        step_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "features", b"features", "kv_tokens", b"kv_tokens", "max_running", b"max_running", "name", b"name", "revision", b"revision", "shared_block_tokens", b"shared_block_tokens", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "features", b"features", "kv_tokens", b"kv_tokens", "max_running", b"max_running", "name", b"name", "revision", b"revision", "shared_block_tokens", b"shared_block_tokens", "step_tokens", b"step_tokens", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -222,4 +222,5 @@ def described(streams: BatcherStreams) -> wire.ModelDescription:
         determinism=wire.DETERMINISM_EXACT if model.exact else wire.DETERMINISM_BEST_EFFORT,
         features=model.features,
         shared_block_tokens=streams.shared_block_tokens,
+        step_tokens=streams.step_tokens,
     )

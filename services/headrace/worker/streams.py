@@ -82,9 +82,14 @@ class BatcherStreams:
             max_running=self.model.max_running,
             running=self._ran,
             waiting=self._last.waiting,
-            step_tokens=self._pace.step_tokens,
+            step_tokens=self.step_tokens,
             mean_prompt=self._pace.prompt_tokens,
         )
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens that one step computes."""
+        return self._pace.step_tokens
 
     @property
     def unsent(self) -> bool:

@@ -184,6 +184,21 @@ async def test_steps_report_a_change_only_if_the_queue_may_wait_for_it() -> None
     assert listener.changes == at + 3, "a slot is free"
 
 
+async def test_a_worker_of_unknown_speed_may_take_long_for_a_long_prompt() -> None:
+    one = job()
+    one.prompt_ids[:] = [1] * 1000
+    one.uncached = 1000
+    link = connected(one)
+    assert link.prompt_seconds == 0, "its steps are short"
+    assert link.model is not None
+    link.model.step_tokens = 500
+    assert link.prompt_seconds == 2.5
+    link.load = wire.Load(prefill_tokens_per_second=5000)
+    assert link.prompt_seconds == 0.1
+    delta(link, handle=0, offset=0, token_ids=[5])
+    assert link.prompt_seconds == 0
+
+
 async def test_only_the_newest_credit_counts() -> None:
     link = connected()
     link.receiver.handle(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))

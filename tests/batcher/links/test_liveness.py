@@ -35,6 +35,14 @@ def test_steps_may_take_five_times_their_99th_percentile_and_at_least_two_second
         assert liveness.suspect(moment, running=0) is False, "without work there are no steps"
 
 
+def test_a_step_with_many_prompt_tokens_may_take_twice_what_the_rate_lets_expect() -> None:
+    liveness, last = stepping(0.01)
+    for moment, suspect in ((last + 9.9, False), (last + 10.1, True)):
+        liveness.received(moment)
+        assert liveness.suspect(moment, running=1, prompt_seconds=5.0) is suspect
+    assert liveness.suspect(last + 2.1, running=1, prompt_seconds=0.9)
+
+
 def test_a_silent_worker_is_suspect_with_and_without_work() -> None:
     liveness, last = stepping(0.01)
 

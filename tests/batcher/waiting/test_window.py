@@ -41,12 +41,19 @@ def test_a_linger_ends_when_a_full_batch_is_expected() -> None:
     )
 
 
-@given(window=WINDOWS, rate=RATES)
-def test_the_backlog_at_a_worker_is_bounded_by_its_prefill_rate(window: Window, rate: float) -> None:
-    budget = window.budget(rate)
+@given(window=WINDOWS, rate=RATES, step=st.integers(0, 10_000))
+def test_the_backlog_at_a_worker_is_bounded_by_its_prefill_rate_and_its_steps(
+    window: Window, rate: float, step: int
+) -> None:
+    budget = window.budget(rate, step)
 
     assert 1 <= budget <= window.tokens
-    assert rate == 0 or budget <= max(rate * HORIZON_SECONDS, 1)
+    assert rate == 0 or budget <= max(rate * HORIZON_SECONDS, 3 * step, 1)
+
+
+@given(window=WINDOWS, rate=RATES, step=st.integers(1, 10_000))
+def test_prompts_for_three_steps_wait_at_the_worker(window: Window, rate: float, step: int) -> None:
+    assert window.budget(rate, step) >= min(3 * step, window.tokens)
 
 
 @given(

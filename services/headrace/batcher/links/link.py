@@ -22,7 +22,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.links.failover import request_keys
 from headrace.batcher.links.in_flight import InFlightSequences
 from headrace.batcher.links.listener import LinkListener
-from headrace.batcher.links.liveness import PING_SECONDS, Liveness
+from headrace.batcher.links.liveness import ASSUMED_PREFILL_RATE, PING_SECONDS, Liveness
 from headrace.batcher.links.receiver import FRAME_WINDOW, Mismatch, Receiver
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.propagation import to_w3c
@@ -118,6 +118,17 @@ class WorkerLink:
     def shared_block_tokens(self) -> int:
         """The block size of the worker's prefix cache, in tokens; 0 if its sequences share no blocks."""
         return self.model.shared_block_tokens if self.model is not None else 0
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens that one step of the worker computes; 0 if unknown."""
+        return self.model.step_tokens if self.model is not None else 0
+
+    @property
+    def prompt_seconds(self) -> float:
+        """How long the worker's next step may take for the prompt tokens that wait there, in seconds."""
+        rate = self.load.prefill_tokens_per_second or ASSUMED_PREFILL_RATE
+        return min(self.backlog, self.step_tokens) / rate
 
     @property
     def context_length(self) -> int:
@@ -314,9 +325,12 @@ class WorkerLink:
             if now - self.liveness.pinged_at >= PING_SECONDS - WATCH_SECONDS / 2:
                 self._ping(now)
             running = len(self.in_flight)
-            if problem := self.liveness.lost(now, running=running):
+            prompt_seconds = self.prompt_seconds
+            if problem := self.liveness.lost(now, running=running, prompt_seconds=prompt_seconds):
                 raise errors.WorkerLost(problem)
-            suspect = self.connected and self.liveness.suspect(now, running=running)
+            suspect = self.connected and self.liveness.suspect(
+                now, running=running, prompt_seconds=prompt_seconds
+            )
             if suspect and not self.suspect:
                 log.warning("worker is suspect", extra={"target": self.target, "running": running})
                 self.breaker.record_fault(now, request_keys(self.in_flight.jobs()))

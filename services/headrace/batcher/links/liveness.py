@@ -14,6 +14,10 @@ SUSPECT_SECONDS = 2.0  # shortest time without a step after which a worker with 
 SUSPECT_STEPS = 5.0  # times the 99th percentile of its step times
 # Until this many steps have arrived the engine's speed is unknown; while it answers pings it has more time.
 KNOWN_STEPS = 20
+# Decodes tell nothing about a step that computes thousands of prompt tokens. It may take this many times what
+# the worker's rate lets expect.
+SUSPECT_PROMPTS = 2.0
+ASSUMED_PREFILL_RATE = 200.0  # prompt tokens per second of a worker whose rate is unknown: a slow CPU
 UNKNOWN_SECONDS = 10.0
 LOST_SECONDS = 10.0  # without any message: the connection is closed
 HUNG_SECONDS = 30.0  # shortest time without a step, despite answered pings, after which it is closed as well
@@ -81,26 +85,30 @@ class Liveness:
         self._received += seconds
         self._stepped += seconds
 
-    def step_timeout(self, now: float) -> float:
-        """Return the seconds without a step after which a worker with running sequences is suspect."""
-        known = max(SUSPECT_STEPS * self.step_p99, SUSPECT_SECONDS)
+    def step_timeout(self, now: float, prompt_seconds: float = 0.0) -> float:
+        """Return the seconds without a step after which a worker with running sequences is suspect.
+
+        prompt_seconds   that the step is expected to take for prompt tokens
+        """
+        known = max(SUSPECT_STEPS * self.step_p99, SUSPECT_PROMPTS * prompt_seconds, SUSPECT_SECONDS)
         responds = now - self._received < SUSPECT_SECONDS
         return max(known, UNKNOWN_SECONDS) if responds and len(self._steps) < KNOWN_STEPS else known
 
-    def suspect(self, now: float, *, running: int) -> bool:
+    def suspect(self, now: float, *, running: int, prompt_seconds: float = 0.0) -> bool:
         """Return whether the worker should get no more work, and its sequences should move to other workers.
 
-        running   this batcher's sequences at the worker
+        running          this batcher's sequences at the worker
+        prompt_seconds   that its step is expected to take for prompt tokens
         """
         if now - self._received >= SUSPECT_SECONDS:
             return True
-        return running > 0 and now - self._stepped >= self.step_timeout(now)
+        return running > 0 and now - self._stepped >= self.step_timeout(now, prompt_seconds)
 
-    def lost(self, now: float, *, running: int) -> str:
-        """Return why the connection should be closed; empty if it should not."""
+    def lost(self, now: float, *, running: int, prompt_seconds: float = 0.0) -> str:
+        """Return why the connection should be closed; empty if it should not. Arguments as for `suspect`."""
         if now - self._received >= LOST_SECONDS:
             return f"no message for {LOST_SECONDS:g} s"
-        limit = max(HUNG_SECONDS, 2 * self.step_timeout(now))
+        limit = max(HUNG_SECONDS, 2 * self.step_timeout(now, prompt_seconds))
         if running and now - self._stepped >= limit:
             return f"no step for {limit:g} s, although it answers pings"
         return ""

@@ -152,7 +152,7 @@ class Dispatcher:
                 free_slots=free_slots,
                 sequences=link.outstanding,
                 backlog=link.backlog,
-                budget=self._window.budget(link.load.prefill_tokens_per_second),
+                budget=self._window.budget(link.load.prefill_tokens_per_second, link.step_tokens),
                 prefill_rate=link.load.prefill_tokens_per_second,
                 others_backlog=link.others_backlog,
                 shares_prefixes=link.shared_block_tokens > 0,

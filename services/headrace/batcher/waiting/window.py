@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HORIZON_SECONDS = 0.5
+# While a step is computed and the next one is scheduled, as vLLM does, prompts for a third must arrive.
+STEPS_AHEAD = 3
+UNKNOWN_TOKENS = 4096  # that may wait at a worker whose rate is unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +25,7 @@ class Window:
     """
 
     size: int = 32
-    tokens: int = 4096
+    tokens: int = 16384
     linger: float = 0.005
 
     def linger_for(self, *, arrivals: float, step_seconds: float) -> float:
@@ -36,16 +39,16 @@ class Window:
             return 0.0  # no request is expected in time
         return min(longest, self.size / arrivals)
 
-    def budget(self, prefill_rate: float) -> int:
-        """Return the prompt tokens that may wait at a worker: what it computes in half a second.
+    def budget(self, prefill_rate: float, step_tokens: int) -> int:
+        """Return the prompt tokens that may wait at a worker: what it computes in half a second or three steps.
 
         A longer queue at the worker would undermine the order kept here.
 
         prefill_rate   tokens per second; 0 while unknown
+        step_tokens    most tokens that one of its steps computes; 0 if unknown
         """
-        if prefill_rate <= 0:
-            return self.tokens
-        return max(min(int(prefill_rate * HORIZON_SECONDS), self.tokens), 1)
+        soon = int(prefill_rate * HORIZON_SECONDS) if prefill_rate > 0 else UNKNOWN_TOKENS
+        return max(min(max(soon, STEPS_AHEAD * step_tokens), self.tokens), 1)
 
     def is_complete(self, waiting: int, tokens: int, free_slots: int, *, idle: bool) -> bool:
         """Return whether a batch does not wait for more requests.

@@ -31,6 +31,9 @@ TESTED = "0.32"  # the minor version of vLLM
 INSTALL = f"pip install 'headrace[server]' 'vllm=={TESTED}.*'"
 
 _FIRST_PROMPT = 16  # tokens
+_CPU_SEQUENCES = 256  # vLLM's default of --max-num-seqs for each process; a step has at least as many tokens
+# vLLM's steps of 4096 tokens take seconds on a CPU, and every answer waits for them.
+_CPU_STEP_TOKENS = 512
 
 FEATURES = ("logprobs", "top_logprobs", "prompt_logprobs")
 
@@ -208,7 +211,8 @@ async def _answer_once(engine: Any, parameters: Callable[[SequenceSpec[Any]], An
     ids = [number % model.vocabulary_size for number in range(min(_FIRST_PROMPT, model.context_length - 2))]
     spec = SequenceSpec("first", ids, len(ids), SamplingParams(seed=0, max_tokens=2, ignore_eos=True))
     try:
-        async for _ in engine.generate({"prompt_token_ids": ids}, parameters(spec), spec.key):
+        prompt = {"type": "token", "prompt_token_ids": ids}
+        async for _ in engine.generate(prompt, parameters(spec), spec.key):
             pass
     except Exception as error:
         log.debug("vLLM does not answer", exc_info=True)
@@ -249,6 +253,8 @@ def parse(words: list[str], *, cache: Path) -> Any:
         parsed = AsyncEngineArgs.from_cli_args(parser.parse_args(placed))
     except (argparse.ArgumentError, ValueError, OSError, YAMLError) as error:
         raise LoadingError(f"--engine-args: {one_line(error)}") from error
+    if parsed.max_num_batched_tokens is None and parsed.enable_chunked_prefill is not False:
+        parsed.max_num_batched_tokens = _step_tokens(parsed)
     parsed.served_model_name = None
     parsed.scheduling_policy = "priority"
     # The runner's own logger of statistics is enough; it reports how much each step computed.
@@ -263,6 +269,16 @@ def parse(words: list[str], *, cache: Path) -> Any:
     if not parsed.speculative_config and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
         parsed.logits_processors = [*(parsed.logits_processors or ()), NAME]
     return parsed
+
+
+def _step_tokens(parsed: Any) -> int | None:
+    """Return how many tokens a step should compute; None for vLLM's default."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    processes = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
+    return max(_CPU_STEP_TOKENS, parsed.max_num_seqs or _CPU_SEQUENCES * processes)
 
 
 def _model(

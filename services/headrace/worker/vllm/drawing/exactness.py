@@ -56,7 +56,7 @@ async def find_difference(
     async def answer(spec: SequenceSpec[str]) -> Ids:
         # With a salt of its own, nothing of the prompt is cached.
         number = f"check-{next(numbers)}"
-        prompt = {"prompt_token_ids": list(spec.ids), "cache_salt": number}
+        prompt = {"type": "token", "prompt_token_ids": list(spec.ids), "cache_salt": number}
         ids: Ids = []
         async for output in engine.generate(prompt, parameters(spec), number):
             ids += output.outputs[0].token_ids
