@@ -40,7 +40,7 @@ class Window:
         return min(longest, self.size / arrivals)
 
     def budget(self, prefill_rate: float, step_tokens: int) -> int:
-        """Return the prompt tokens that may wait at a worker: what it computes in half a second or three steps.
+        """Return the prompt tokens that may wait at a worker: of half a second, or of three steps.
 
         A longer queue at the worker would undermine the order kept here.
 
