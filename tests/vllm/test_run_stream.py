@@ -86,6 +86,7 @@ async def test_the_model_is_described(port: int) -> None:
     assert described.vocabulary_size == 49152
     assert described.kv_tokens >= CONTEXT
     assert described.shared_block_tokens > 0
+    assert described.step_tokens == 512, "steps on a CPU are short"
     assert described.tokenizer_fingerprint
     assert described.weights_fingerprint
     assert described.determinism == wire.DETERMINISM_BEST_EFFORT, "EXACT is announced with --exact only"
