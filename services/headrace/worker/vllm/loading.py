@@ -277,8 +277,9 @@ def _step_tokens(parsed: Any) -> int | None:
 
     if not current_platform.is_cpu():
         return None
-    processes = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
-    return max(_CPU_STEP_TOKENS, parsed.max_num_seqs or _CPU_SEQUENCES * processes)
+    processes: int = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
+    sequences: int = parsed.max_num_seqs or _CPU_SEQUENCES * processes
+    return max(_CPU_STEP_TOKENS, sequences)
 
 
 def _model(
