@@ -14,7 +14,7 @@ from headrace import errors, statuses
 from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.link import WorkerLink
-from headrace.batcher.links.liveness import Liveness
+from headrace.batcher.links.liveness import UNKNOWN_SECONDS, Liveness
 from headrace.batcher.links.receiver import Receiver
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
@@ -193,6 +193,11 @@ async def test_a_worker_of_unknown_speed_may_take_long_for_a_long_prompt() -> No
     assert link.model is not None
     link.model.step_tokens = 500
     assert link.prompt_seconds == 2.5
+    link.in_flight.backlog += 99_000
+    link.model.step_tokens = 99_000
+    assert link.prompt_seconds == UNKNOWN_SECONDS, "a hang must be noticed"
+    link.in_flight.backlog -= 99_000
+    link.model.step_tokens = 500
     link.load = wire.Load(prefill_tokens_per_second=5000)
     assert link.prompt_seconds == 0.1
     delta(link, handle=0, offset=0, token_ids=[5])

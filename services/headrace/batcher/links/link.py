@@ -22,7 +22,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.links.failover import request_keys
 from headrace.batcher.links.in_flight import InFlightSequences
 from headrace.batcher.links.listener import LinkListener
-from headrace.batcher.links.liveness import ASSUMED_PREFILL_RATE, PING_SECONDS, Liveness
+from headrace.batcher.links.liveness import ASSUMED_PREFILL_RATE, PING_SECONDS, UNKNOWN_SECONDS, Liveness
 from headrace.batcher.links.receiver import FRAME_WINDOW, Mismatch, Receiver
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.propagation import to_w3c
@@ -127,8 +127,8 @@ class WorkerLink:
     @property
     def prompt_seconds(self) -> float:
         """How long the worker's next step may take for the prompt tokens that wait there, in seconds."""
-        rate = self.load.prefill_tokens_per_second or ASSUMED_PREFILL_RATE
-        return min(self.backlog, self.step_tokens) / rate
+        tokens, rate = min(self.backlog, self.step_tokens), self.load.prefill_tokens_per_second
+        return tokens / rate if rate > 0 else min(tokens / ASSUMED_PREFILL_RATE, UNKNOWN_SECONDS)
 
     @property
     def context_length(self) -> int:
