@@ -28,7 +28,7 @@ def test_flags_precede_the_environment_which_precedes_defaults(monkeypatch: pyte
 
     settings = BatcherSettings.load(["--fake", "--workers", "a:1, b:2", "--batch-size", "3"])
 
-    assert (settings.queue_limit, settings.batch_size, settings.batch_tokens) == (7, 3, 4096)
+    assert (settings.queue_limit, settings.batch_size, settings.batch_tokens) == (7, 3, 16384)
     assert settings.worker_targets == ["a:1", "b:2"]
 
 
