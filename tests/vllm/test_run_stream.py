@@ -183,9 +183,7 @@ async def test_a_stop_token_ends_the_answer_and_is_not_delivered(port: int) -> N
 async def test_logprobs_of_tokens_of_the_likeliest_and_of_the_prompt(port: int) -> None:
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.call.write(
-            submit(greedy(1, logprobs=True), greedy(2, top_logprobs=3, prompt_logprobs=2), greedy(3))
-        )
+        await peer.submit(greedy(1, logprobs=True), greedy(2, top_logprobs=3, prompt_logprobs=2), greedy(3))
         await finished(peer, 1, 2, 3)
         deltas = {handle: [one for one in peer.deltas() if one.handle == handle] for handle in (1, 2, 3)}
 
@@ -207,7 +205,7 @@ async def test_logprobs_of_tokens_of_the_likeliest_and_of_the_prompt(port: int) 
 async def test_a_cancelled_sequence_ends_and_its_memory_is_free(port: int) -> None:
     async with dialled(port) as peer:
         await peer.hello()
-        await peer.call.write(submit(*(endless(handle) for handle in range(4))))
+        await peer.submit(*(endless(handle) for handle in range(4)))
         await peer.read("step", until=lambda response: len(response.step.deltas) == 4)
         await peer.call.write(wire.RunRequest(cancel=wire.Cancel(handles=[0, 1, 2, 3, 99])))
         ends = await finished(peer, 0, 1, 2, 3)
