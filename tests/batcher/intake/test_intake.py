@@ -309,7 +309,7 @@ async def test_long_and_huge_prompts_do_not_delay_shorter_ones() -> None:
         with pytest.raises(errors.ContextTooLong):
             await asking(tier, "long " + "y" * LONG_BYTES)
         long = [asking(tier, "stuck " + "x" * LONG_BYTES) for _ in range(3)]
-        await eventually(lambda: intake_of(tier).waiting == 6)
+        await eventually(lambda: intake_of(tier).waiting == 6 and len(tokenizer.texts) == 3)
         assert (await asking(tier, "short")).tokens == 2
         assert [text[:5] for text in tokenizer.texts] == ["stuck", "long ", "stuck", "short"]
         tokenizer.open()
