@@ -78,14 +78,10 @@ def vllm_server(kind: str, *, eager: bool = False) -> Opener:
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Server, None]:
         (port,) = free_ports(1)
+        model = str(place.places.model(place.model, KINDS[kind].weights))
         command = [
             *(str(place.places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
-            *(
-                "--model",
-                str(place.places.model(place.model, KINDS[kind].weights)),
-                "--served-model-name",
-                "m",
-            ),
+            *("--model", model, "--served-model-name", "m"),
             *arguments(kind, eager=eager),
             *("--disable-uvicorn-access-log", "--host", "127.0.0.1", "--port", str(port)),
         ]

@@ -124,6 +124,8 @@ async def test_a_reason_that_is_not_new_is_not_logged_again(
     running = asyncio.create_task(link.run())
     await eventually(lambda: link.epoch >= 5)
     running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
 
     (line,) = [one for one in caplog.records if one.message == "worker not connected"]
     assert line.problem == "the model is still loading"  # type: ignore[attr-defined]
