@@ -113,11 +113,19 @@ def with_faults(runner: Runner[SequenceKey], settings: Settings) -> Runner[Seque
     return FaultyRunner(runner, FaultPlan.parse(settings.faults)) if settings.faults else runner
 
 
-def engine_loop(engine: Engine, settings: Settings) -> Runner[SequenceKey]:
-    """Run one of our own engines with the settings of the scheduler."""
+def engine_loop(engine: Engine, settings: Settings, *, verifies_drafts: bool = False) -> Runner[SequenceKey]:
+    """Run one of our own engines with the settings of the scheduler.
+
+    verifies_drafts   whether the engine supports drafts
+    """
     from headrace.worker.engine.plan.loop import EngineLoop
 
-    return EngineLoop(engine, step_tokens=settings.tokens_per_step, prefix_cache=settings.prefix_cache)
+    return EngineLoop(
+        engine,
+        step_tokens=settings.tokens_per_step,
+        prefix_cache=settings.prefix_cache,
+        speculation=verifies_drafts and settings.speculation == "lookup",
+    )
 
 
 def _load(settings: Settings) -> Runner[SequenceKey]:
@@ -171,7 +179,7 @@ def _torch(settings: Settings, cache: Path) -> Runner[SequenceKey]:
         progress=partial(_progress, settings),
         warn=_warn,
     )
-    return engine_loop(engine, settings)
+    return engine_loop(engine, settings, verifies_drafts=engine.verifies_drafts)
 
 
 def _vllm(settings: Settings, cache: Path) -> Runner[SequenceKey]:

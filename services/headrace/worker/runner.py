@@ -198,7 +198,9 @@ class SequenceUpdate(Generic[K]):
 class StepReport(Generic[K]):
     """One step; or sequences that ended between two steps, with rows, tokens and times of 0.
 
-    rows, tokens, seconds      rows and ids that the step computed, and its wall time
+    rows, tokens, seconds      rows and ids that the step computed, without drafts, and its wall time
+    drafted, accepted          tokens of drafts that it computed too, and how many of them were right and are
+                               in the updates
     decodes                    how many of the tokens continued an answer; the others were prompt, or the
                                resumed part of an answer
     dropped                    sampled tokens whose sequences had ended meanwhile; they are in no update
@@ -215,6 +217,8 @@ class StepReport(Generic[K]):
     rows: int = 0
     tokens: int = 0
     decodes: int = 0
+    drafted: int = 0
+    accepted: int = 0
     dropped: int = 0
     seconds: float = 0.0
     started: int = 0

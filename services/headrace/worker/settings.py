@@ -95,6 +95,12 @@ class Settings(ServiceSettings):
         default=True,
         description="cache prefixes of earlier prompts and answers in spare KV memory",
     )
+    speculation: Literal["lookup", "off"] = Field(
+        default="lookup",
+        description="speculative decoding: lookup guesses the next tokens from what followed the same tokens "
+        "before, and verifies them in one step, while few sequences run and it pays; answers are the same. "
+        "Only on CPUs with the torch engine",
+    )
     max_batcher_streams: int = Field(
         default=32,
         ge=1,

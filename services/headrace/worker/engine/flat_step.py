@@ -32,10 +32,11 @@ class FlatStep:
     row_of     [tokens] index of its row
     offsets    [rows + 1] index of each row's first token, and finally the number of tokens
     starts     [rows] position of each row's first token
-    stops      [rows] position after its last token: the number of keys which that token attends to
+    stops      [rows] position after its last token, drafts included: the keys which that token attends to
     tables     [rows, width] each row's blocks, in order; unneeded entries are 0
-    sampling   [sampling rows] indices of the rows that sample
-    last       [sampling rows] index of their last tokens
+    sampling   [sampled] index of the row of each token to sample, in order: a row with a draft samples once
+               more than the draft has tokens
+    last       [sampled] index of the token before it
     scored     [scored] index of the token before each one of `Row.scored`, of all rows in order
     """
 
@@ -67,7 +68,7 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
     block_tokens   tokens per block
     """
     starts = np.array([row.start for row in rows], np.int32)
-    stops = np.array([row.stop for row in rows], np.int32)
+    stops = np.array([row.stop + len(row.draft) for row in rows], np.int32)
     counts = stops - starts
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
@@ -76,8 +77,9 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
     tables = np.zeros((len(rows), int(needed.max(initial=0))), np.int32)
     for table, row, count in zip(tables, rows, needed.tolist(), strict=True):
         table[:count] = row.blocks[:count]
-    sampling = np.array([index for index, row in enumerate(rows) if row.sample], np.int64)
-    ids = chain.from_iterable(row.ids[row.start : row.stop] for row in rows)
+    sampled = [(index, place) for index, row in enumerate(rows) if row.sample for place in _sampled(row)]
+    sampling, places = np.array(sampled, np.int64).reshape(-1, 2).T
+    ids = chain.from_iterable(chain(row.ids[row.start : row.stop], row.draft) for row in rows)
     return FlatStep(
         ids=np.fromiter(ids, np.int64, total),
         positions=np.arange(total, dtype=np.int64) + np.repeat(starts - offsets[:-1], counts),
@@ -87,9 +89,14 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
         stops=stops,
         tables=tables,
         sampling=sampling,
-        last=(offsets[sampling + 1] - 1).astype(np.int64),
+        last=offsets[sampling + 1] - 1 - places,
         scored=scored_places(rows, offsets),
     )
+
+
+def _sampled(row: Row) -> range:
+    """Return the tokens after which a row samples, as distances from its last one."""
+    return range(len(row.draft), -1, -1)
 
 
 def scored_places(rows: Sequence[Row], offsets: Ints) -> Longs:

@@ -63,6 +63,9 @@ class Row:
     scored   positions of the prompt's tokens whose log-probabilities the step computes, consecutive and in
              start + 1 to stop: the logits of a token's predecessor give its distribution. So the first id
              after a chunk is scored with the chunk. Not empty only if params.prompt_logprobs is set
+    draft    guesses of the ids at position `stop` and after, for a decode: the step computes them too, and
+             samples after each one that is right. The blocks cover their positions. Only for engines that
+             verify drafts
     """
 
     blocks: Sequence[int]
@@ -76,6 +79,7 @@ class Row:
     pending: bool = False
     version: int = 0
     scored: range = UNSCORED
+    draft: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -85,12 +89,14 @@ class Token:
     logprob   its log-probability, if the request asks for it
     top       the most likely tokens at its place, if the request asks for more than 0
     prompt    the log-probabilities of `Row.scored`, if there are any
+    more      the tokens after it, if the row's draft is right: one more than the tokens of the draft that are
     """
 
     id: int
     logprob: float | None = None
     top: TopTokens | None = None
     prompt: PromptLogprobs | None = None
+    more: Sequence[Token] = ()
 
 
 @dataclass(frozen=True, slots=True)

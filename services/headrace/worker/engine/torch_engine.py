@@ -33,6 +33,7 @@ from headrace.worker.engine.likelihoods import (
     scored_ids,
 )
 from headrace.worker.engine.sampling import Sampler
+from headrace.worker.engine.verification import sample_rows
 
 # Tokens of a prompt whose logits are in memory at the same time: 40 MB with a vocabulary of 152,000.
 SCORED_TOKENS = 64
@@ -43,7 +44,7 @@ class Computed:
     """The results of a step, with its logits.
 
     sampling   indices of the rows that sampled
-    logits     [sampling rows, vocabulary], in the model's dtype; the next step may overwrite them
+    logits     [sampled, vocabulary], in the model's dtype; the next step may overwrite them
     tokens     one per sampling row
     prompts    the parts of prompts that were scored, by the index of the row
     """
@@ -78,6 +79,11 @@ class TorchEngine:
         """0: it computes on the calling thread."""
         return 0
 
+    @property
+    def verifies_drafts(self) -> bool:
+        """Whether rows may have a `draft`: only where more tokens in a step do not change a row's bits."""
+        return self._model.exact
+
     def launch(self, rows: Sequence[Row]) -> DeferredStep:
         """See `Engine.launch`."""
         return DeferredStep(self.step, rows)
@@ -99,8 +105,8 @@ class TorchEngine:
         """Compute all rows as `step` does, and return the logits too."""
         flat = flatten(rows, self._model.block_tokens)
         logits = self._forward(flat)
-        sampling: list[int] = flat.sampling.tolist()
-        tokens = self._sampler.sample(logits, [rows[i] for i in sampling]) if sampling else []
+        sampling = [index for index, row in enumerate(rows) if row.sample]
+        tokens = sample_rows(self._sampler.sample, logits, [rows[i] for i in sampling]) if sampling else []
         prompts = self._score(flat, rows) if len(flat.scored) else {}
         return Computed(sampling, logits, tokens, prompts)
 

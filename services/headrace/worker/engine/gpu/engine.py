@@ -122,6 +122,7 @@ class GpuEngine:
     """
 
     ahead = 1
+    verifies_drafts = False
 
     def __init__(
         self,

@@ -36,6 +36,11 @@ def ignore(_: object) -> None:
 class ModelEngine(Engine, CheckedEngine, Protocol):
     """An engine of a loaded model."""
 
+    @property
+    def verifies_drafts(self) -> bool:
+        """Whether rows may have a `draft`; constant."""
+        ...
+
     def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute a step, and wait for it; see `Engine.launch`."""
         ...

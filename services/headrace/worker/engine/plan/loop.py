@@ -33,6 +33,7 @@ from headrace.worker.engine.interface import (
 )
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import PlannedStep
+from headrace.worker.engine.plan.speculation import Speculation
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate, StepReport
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,24 @@ class EngineLoop(Generic[K]):
     """Drives one engine; see `Runner`.
 
     step_tokens, prefix_cache   as for `Scheduler`
+    speculation                 whether rows get drafts, which the engine must support
     """
 
-    def __init__(self, engine: Engine, *, step_tokens: int = 512, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        step_tokens: int = 512,
+        prefix_cache: bool = True,
+        speculation: bool = False,
+    ) -> None:
         self._engine = engine
         self._report: Callable[[StepReport[K]], None] = _discard
         self._scheduler: Scheduler[K] = Scheduler(
-            engine.model, step_tokens=step_tokens, prefix_cache=prefix_cache
+            engine.model,
+            step_tokens=step_tokens,
+            prefix_cache=prefix_cache,
+            speculation=Speculation() if speculation else None,
         )
         self._preparation: Preparation[K] = Preparation(
             engine.grammars, lambda own, outcome: self._command(partial(self._add_prepared, own, outcome))
@@ -233,6 +245,8 @@ class EngineLoop(Generic[K]):
             rows=len(step.rows),
             tokens=step.tokens,
             decodes=scheduler.decodes,
+            drafted=step.drafted,
+            accepted=scheduler.accepted,
             dropped=scheduler.dropped,
             # A device begins with a step when it is done with the one before.
             seconds=done - max(flight.planned, self._done),
@@ -260,6 +274,8 @@ class EngineLoop(Generic[K]):
         rows: int = 0,
         tokens: int = 0,
         decodes: int = 0,
+        drafted: int = 0,
+        accepted: int = 0,
         dropped: int = 0,
         seconds: float = 0.0,
         started: int = 0,
@@ -274,6 +290,8 @@ class EngineLoop(Generic[K]):
                 rows=rows,
                 tokens=tokens,
                 decodes=decodes,
+                drafted=drafted,
+                accepted=accepted,
                 dropped=dropped,
                 seconds=seconds,
                 started=started,

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Generic
 
-from headrace.worker.engine.interface import Fault, ModelInfo, Result, Token
+from headrace.worker.engine.interface import Fault, ModelInfo, PromptLogprobs, Result, Token
 from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
-from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
-from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
+from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep, record
+from headrace.worker.engine.plan.speculation import MOST_ROWS, Candidate, Speculation
+from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate
 
 # One level of priority counts as an arrival this much earlier, as in the batcher's queue. So urgent
 # sequences go first, and no sequence starves behind those that arrive long after it.
@@ -40,6 +41,7 @@ class Scheduler(Generic[K]):
     model          limits: context_length, max_running, KV memory, eos_ids
     step_tokens    most tokens that one step computes; at least max_running, so that decodes always fit
     prefix_cache   whether sequences with a common prefix share what is computed
+    speculation    chooses drafts for an engine that verifies them; None for none
 
     Sequences are ranked by arrival; each level of priority counts as some seconds. They start in this order,
     as soon as there is a free slot and KV memory for all their ids. If a decode needs a block and none is
@@ -58,8 +60,16 @@ class Scheduler(Generic[K]):
     cached_tokens   ids that the prefix cache held, since the start
     """
 
-    def __init__(self, model: ModelInfo, *, step_tokens: int = 512, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        step_tokens: int = 512,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._model = model
+        self._speculation = speculation
         self.step_tokens = max(step_tokens, model.max_running)
         self._pool = BlockPool(model.kv_blocks, model.block_tokens, prefix_cache=prefix_cache)
         # Both by rank.
@@ -73,6 +83,7 @@ class Scheduler(Generic[K]):
         self._added = 0
         self.decodes = 0
         self.dropped = 0
+        self.accepted = 0
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -172,8 +183,8 @@ class Scheduler(Generic[K]):
 
     def plan(self, now: float) -> PlannedStep[K]:
         """Choose the rows of the next step; none if there is nothing to compute now."""
-        step: PlannedStep[K] = PlannedStep()
-        self._add_decodes(step)
+        step: PlannedStep[K] = PlannedStep(now)
+        self._add_decodes(step, self._drafts())
         self._admit()
         self._prefilling = []
         if len(step.rows) < len(self._running):
@@ -195,7 +206,9 @@ class Scheduler(Generic[K]):
         dropped.
         """
         updates = []
-        self.decodes = self.dropped = 0
+        self.decodes = self.dropped = self.accepted = 0
+        if self._speculation is not None and len(step.rows) == step.tokens:  # it only decoded
+            self._speculation.times.record(step.tokens + step.drafted, now - step.planned)
         for sequence, row, result in zip(step.sequences, step.rows, results, strict=True):
             if row.sample:
                 sequence.pending -= 1
@@ -210,16 +223,23 @@ class Scheduler(Generic[K]):
                 reason = FinishReason.INVALID if result.invalid else FinishReason.FAULT
                 updates.append(self._finish(sequence, reason, fault=result.message))
                 continue
+            stop, update = row.stop, None
+            if isinstance(result, Token):
+                self.decodes += sequence.first_token is not None
+                update = record(sequence, result, now)
+                if row.draft:
+                    stop += self._accept(sequence, result, len(update.token_ids))
             # After a preemption, the blocks are others, or none.
             if table is not None and table.blocks is row.blocks:
-                stop = row.stop
                 if stop > sequence.confirmed:  # else it has adopted cached blocks beyond
                     sequence.confirmed = stop
                 if stop >= table.end:
                     self._publish(sequence)
-            if isinstance(result, Token):
-                updates.append(self._record(sequence, result, now))
-            elif result is not None:
+            if update is not None:
+                if update.finish is not None:
+                    self._end(sequence)
+                updates.append(update)
+            elif isinstance(result, PromptLogprobs):
                 updates.append(
                     SequenceUpdate(
                         sequence.spec.key, sequence.answered, cached=sequence.cached, prompt=result
@@ -231,7 +251,20 @@ class Scheduler(Generic[K]):
         """Raise AssertionError if the accounting of KV memory is wrong. For tests."""
         self._pool.check([_table(sequence).blocks for sequence in self._running])
 
-    def _add_decodes(self, step: PlannedStep[K]) -> None:
+    def _drafts(self) -> Mapping[LiveSequence[K], Sequence[int]]:
+        """Return the drafts of the running sequences, if all of them decode in this step and none waits."""
+        running, speculation = self._running, self._speculation
+        if speculation is None or self._waiting or len(running) > MOST_ROWS:
+            return {}
+        if any(sequence.uncomputed != 1 for sequence in running):
+            return {}
+        candidates = [
+            Candidate(sequence.speculative, sequence.ids, sequence.length - len(sequence.ids) - 1)
+            for sequence in running
+        ]
+        return dict(zip(running, speculation.drafts(candidates), strict=True))
+
+    def _add_decodes(self, step: PlannedStep[K], drafts: Mapping[LiveSequence[K], Sequence[int]]) -> None:
         """Add the sequences that decode in this step, each with a block for it; preempts if needed."""
         size, running, add = self._pool.block_tokens, self._running, step.add
         for sequence in running.copy():
@@ -245,7 +278,14 @@ class Scheduler(Generic[K]):
                 if sequence.table is None:
                     break  # it was the last itself
                 table.grow()
-            add(sequence, 1)
+            draft = drafts.get(sequence, ())
+            if draft:
+                # Other sequences need the last blocks more.
+                covered = computed + 1 + len(draft)
+                while len(table.blocks) * size < covered and self._pool.available > len(running):
+                    table.grow()
+                draft = draft[: len(table.blocks) * size - computed - 1]
+            add(sequence, 1, draft)
 
     def _preempt(self, sequence: LiveSequence[K]) -> None:
         """Return a running sequence to the waiting ones. Its tokens stay valid, a pending one too."""
@@ -322,38 +362,29 @@ class Scheduler(Generic[K]):
                 sequence.cached += found
                 self.cached_tokens += found
 
-    def _record(self, sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpdate[K]:
-        spec, ids, token_ids = sequence.spec, sequence.ids, (result.id,)
-        if sequence.first_token is None:
-            sequence.first_token = now
-        else:
-            self.decodes += 1
-        sequence.last_token = now
-        if result.id in sequence.ends:
-            update = self._finish(sequence, FinishReason.STOP)
-            update.prompt = result.prompt
-            return update
-        offset = len(ids) - spec.prompt
-        ids.append(result.id)
-        logprobs = (result.logprob,) if spec.params.logprobs and result.logprob is not None else ()
-        if len(ids) >= sequence.length:
-            update = self._finish(sequence, FinishReason.LENGTH, token_ids, logprobs)
-        else:
-            update = SequenceUpdate(spec.key, offset, token_ids, logprobs, sequence.cached)
-        if result.top is not None:
-            update.top = (result.top,)
-        if result.prompt is not None:
-            update.prompt = result.prompt
-        return update
+    def _accept(self, sequence: LiveSequence[K], result: Token, recorded: int) -> int:
+        """Count the right tokens of a sequence's draft. Returns how many of them its answer contains."""
+        if self._speculation is not None:
+            self._speculation.record(sequence.speculative, len(result.more))
+        accepted = min(recorded, len(result.more))
+        self.accepted += accepted
+        if sequence.table is not None:
+            sequence.computed += accepted
+        return accepted
 
-    def _finish(
-        self,
-        sequence: LiveSequence[K],
-        reason: FinishReason,
-        token_ids: Sequence[int] = (),
-        logprobs: Sequence[float] = (),
-        fault: str = "",
-    ) -> SequenceUpdate[K]:
+    def _finish(self, sequence: LiveSequence[K], reason: FinishReason, fault: str = "") -> SequenceUpdate[K]:
+        """End a sequence without a new token, and return its last update."""
+        self._end(sequence)
+        return SequenceUpdate(
+            key=sequence.spec.key,
+            offset=sequence.answered,
+            cached=sequence.cached,
+            finish=reason,
+            fault=fault,
+            times=sequence.times,
+        )
+
+    def _end(self, sequence: LiveSequence[K]) -> None:
         key = sequence.spec.key
         sequence.ended = True
         self._keys.discard(key)
@@ -362,16 +393,6 @@ class Scheduler(Generic[K]):
             self._waiting.remove(sequence)
         else:
             self._release(sequence)
-        return SequenceUpdate(
-            key=key,
-            offset=sequence.answered - len(token_ids),
-            token_ids=token_ids,
-            logprobs=logprobs,
-            cached=sequence.cached,
-            finish=reason,
-            fault=fault,
-            times=SequenceTimes(sequence.started, sequence.first_token, sequence.last_token),
-        )
 
     def _release(self, sequence: LiveSequence[K]) -> None:
         """Release the slot and the blocks of a running sequence."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
-from headrace.worker.engine.interface import UNSCORED, Memo, Row
+from headrace.worker.engine.interface import UNSCORED, Memo, Row, Token
 from headrace.worker.engine.plan.blocks import BlockTable
-from headrace.worker.runner import K, SequenceSpec
+from headrace.worker.engine.plan.speculation import SpeculativeSequence
+from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +32,7 @@ class LiveSequence(Generic[K]):
     cached      number of ids that the prefix cache held, computed for another sequence
     preempted   number of times it was preempted
     needs       available blocks that it would use up, when it was last considered; 0 before
+    speculative what speculative decoding keeps of it, once it was considered
     started, first_token, last_token   see `SequenceTimes`
     """
 
@@ -48,6 +51,7 @@ class LiveSequence(Generic[K]):
     cached: int = 0
     preempted: int = 0
     needs: int = 0
+    speculative: SpeculativeSequence = field(default_factory=SpeculativeSequence)
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -67,19 +71,60 @@ class LiveSequence(Generic[K]):
         """Number of its first ids that the prefix cache may supply: for the others, logits are needed."""
         return len(self.ids) if self.unscored >= self.spec.prompt else self.unscored - 1
 
+    @property
+    def times(self) -> SequenceTimes:
+        """When it reached each stage so far."""
+        return SequenceTimes(self.started, self.first_token, self.last_token)
+
+
+def record(sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpdate[K]:
+    """Add the tokens of a result to a sequence, up to its end.
+
+    Returns the update with them. If it has a finish, the caller must end the sequence.
+    """
+    spec, ids = sequence.spec, sequence.ids
+    if sequence.first_token is None:
+        sequence.first_token = now
+    sequence.last_token = now
+    offset, finish = len(ids) - spec.prompt, None
+    recorded: list[Token] = []
+    for token in (result, *result.more):
+        if token.id in sequence.ends:
+            finish = FinishReason.STOP
+            break
+        ids.append(token.id)
+        recorded.append(token)
+        if len(ids) >= sequence.length:
+            finish = FinishReason.LENGTH
+            break
+    update = SequenceUpdate(
+        spec.key, offset, [token.id for token in recorded], (), sequence.cached, finish, prompt=result.prompt
+    )
+    if finish is not None:
+        update.times = sequence.times
+    if spec.params.logprobs:
+        update.logprobs = [token.logprob for token in recorded if token.logprob is not None]
+    if result.top is not None:
+        update.top = [token.top for token in recorded if token.top is not None]
+    return update
+
 
 @dataclass(slots=True, eq=False)
 class PlannedStep(Generic[K]):
     """A step to launch: its rows, decodes first, and the sequence of each row.
 
-    tokens   ids that it computes
+    planned  when it was planned, in seconds of time.monotonic()
+    tokens   ids that it computes, without drafts
+    drafted  tokens of its drafts
     """
 
+    planned: float
     rows: list[Row] = field(default_factory=list)
     sequences: list[LiveSequence[K]] = field(default_factory=list)
     tokens: int = 0
+    drafted: int = 0
 
-    def add(self, sequence: LiveSequence[K], tokens: int) -> None:
+    def add(self, sequence: LiveSequence[K], tokens: int, draft: Sequence[int] = ()) -> None:
         """Add a row for this many further ids of a running sequence, which count as computed from now on."""
         table, start, spec = sequence.table, sequence.computed, sequence.spec
         assert table is not None
@@ -96,6 +141,7 @@ class PlannedStep(Generic[K]):
             sequence.unscored = scored.stop
         self.sequences.append(sequence)
         self.tokens += tokens
+        self.drafted += len(draft)
         # By position, because keyword arguments take twice as long; one is made per token.
         self.rows.append(
             Row(
@@ -110,5 +156,6 @@ class PlannedStep(Generic[K]):
                 pending > 0,
                 table.version,
                 scored,
+                draft,
             )
         )
