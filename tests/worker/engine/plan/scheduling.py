@@ -10,6 +10,7 @@ from headrace.deadline import NEVER, Deadline
 from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, Result, Row
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
+from headrace.worker.engine.plan.speculation import Speculation
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, SequenceUpdate
 
 ON_PURPOSE = "on purpose"  # the message of errors that tests inject
@@ -76,6 +77,7 @@ class Run:
     engine: Engine
     step_tokens: int = 512
     prefix_cache: bool = True
+    speculation: Speculation | None = None
     steps: int = 0
     dropped: int = 0
     in_flight: deque[tuple[PlannedStep[int], LaunchedStep]] = field(default_factory=deque)
@@ -87,7 +89,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.scheduler: Scheduler[int] = Scheduler(
-            self.engine.model, step_tokens=self.step_tokens, prefix_cache=self.prefix_cache
+            self.engine.model,
+            step_tokens=self.step_tokens,
+            prefix_cache=self.prefix_cache,
+            speculation=self.speculation,
         )
 
     def add(self, spec: SequenceSpec[int]) -> None:
@@ -107,11 +112,18 @@ class Run:
         tokens = sum(row.stop - row.start for row in rows)
         assert tokens == step.tokens <= max(self.step_tokens, model.max_running)
         size = model.block_tokens
-        writers = [b for row in rows for b in row.blocks[row.start // size : (row.stop - 1) // size + 1]]
-        tables = Counter(b for row in rows for b in row.blocks[: -(-row.stop // size)])
+        ends = [row.stop + len(row.draft) for row in rows]
+        writers = [
+            b
+            for row, end in zip(rows, ends, strict=True)
+            for b in row.blocks[row.start // size : (end - 1) // size + 1]
+        ]
+        tables = Counter(
+            b for row, end in zip(rows, ends, strict=True) for b in row.blocks[: -(-end // size)]
+        )
         assert all(tables[b] == 1 for b in writers), "a row writes to a block of another one"
         lengths = [one.length for one in step.sequences]
-        assert all(row.stop < length for row, length in zip(rows, lengths, strict=True)), "beyond its end"
+        assert all(end < length for end, length in zip(ends, lengths, strict=True)), "beyond its end"
         if rows:
             self.in_flight.append((step, self.engine.launch(rows)))
         while len(self.in_flight) > (self.engine.ahead if rows else 0):

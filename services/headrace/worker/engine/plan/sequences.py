@@ -97,9 +97,8 @@ def record(sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpda
         if len(ids) >= sequence.length:
             finish = FinishReason.LENGTH
             break
-    update = SequenceUpdate(
-        spec.key, offset, [token.id for token in recorded], (), sequence.cached, finish, prompt=result.prompt
-    )
+    token_ids = tuple([token.id for token in recorded])
+    update = SequenceUpdate(spec.key, offset, token_ids, (), sequence.cached, finish, prompt=result.prompt)
     if finish is not None:
         update.times = sequence.times
     if spec.params.logprobs:

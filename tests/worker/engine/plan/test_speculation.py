@@ -1,0 +1,193 @@
+"""Drafts change no answer and no accounting, and are made only where they pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.engine.interface import Fault, Result, Row, Token
+from headrace.worker.engine.plan.speculation import (
+    MOST_DRAFTED,
+    MOST_ROWS,
+    Candidate,
+    Speculation,
+    SpeculativeSequence,
+    StepTimes,
+    paying,
+)
+from headrace.worker.runner import FinishReason
+from tests.worker.engine.plan.device import hashed
+from tests.worker.engine.plan.scheduling import Arrival, Run, sequence
+from tests.worker.engine.plan.test_scheduler import ARRIVALS
+
+PERIOD = [5, 6, 7, 8]
+
+
+class VerifyingEngine(EchoEngine):
+    """Answers that often repeat themselves, from an engine that verifies drafts and checks its blocks.
+
+    faulty   whether each twentieth token cannot be sampled
+    """
+
+    faulty = False
+
+    def step(self, rows: Sequence[Row]) -> list[Result]:
+        whole = [
+            replace(row, stop=row.stop + len(row.draft), ids=[*row.ids, *row.draft], draft=()) for row in rows
+        ]
+        return [
+            self._verified(row) if isinstance(result, Token) else result
+            for row, result in zip(rows, super().step(whole), strict=True)
+        ]
+
+    def _verified(self, row: Row) -> Token | Fault:
+        ids = list(row.ids[: row.stop])
+        first = self._next(row, ids)
+        last, more = first, []
+        for guess in row.draft:
+            if not isinstance(last, Token) or last.id != guess:
+                break
+            ids.append(guess)
+            last = self._next(row, ids)
+            if isinstance(last, Token):
+                more.append(last)
+        if isinstance(first, Token):
+            first.more = more
+        return first
+
+    def _next(self, row: Row, ids: list[int]) -> Token | Fault:
+        answered = len(ids) - row.prompt
+        if self.faulty and answered % 20 == 19:
+            return Fault("on purpose")
+        if answered % 9:
+            return Token(PERIOD[answered % len(PERIOD)])
+        return Token(hashed(ids, may_end=not row.params.ignore_eos))
+
+
+@given(
+    arrivals=st.lists(ARRIVALS, min_size=1, max_size=8),
+    max_running=st.integers(1, 4),
+    block_tokens=st.integers(1, 6),
+    spare_blocks=st.integers(0, 10),
+    prefix_cache=st.booleans(),
+    faulty=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_random_traffic_gets_the_same_answers_with_drafts(
+    arrivals: list[Arrival],
+    max_running: int,
+    block_tokens: int,
+    spare_blocks: int,
+    prefix_cache: bool,
+    faulty: bool,
+) -> None:
+    """Also with cancellations, deadlines and KV memory for little more than one sequence."""
+    context = 96
+    arrivals = [replace(one, max_tokens=3 * one.max_tokens) for one in arrivals]
+    runs = []
+    for speculation in (None, Speculation()):
+        engine = VerifyingEngine(
+            max_running=max_running,
+            context_length=context,
+            block_tokens=block_tokens,
+            kv_blocks=-(-context // block_tokens) + spare_blocks,
+        )
+        engine.faulty = faulty
+        run = Run(engine, 24, prefix_cache, speculation)
+        for step in range(31):
+            for key, arrival in enumerate(arrivals):
+                if arrival.at == step:
+                    run.add(sequence(key, arrival))
+                if arrival.cancelled_at == step:
+                    run.scheduler.cancel([key])
+            run.step()
+        run.finish(within=5000)
+        runs.append(run)
+
+    plain, speculative = runs
+    assert set(plain.endings) == set(speculative.endings) == set(range(len(arrivals)))
+    early = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+    for key in plain.endings:
+        answers = plain.answers[key], speculative.answers[key]
+        if plain.endings[key] in early or speculative.endings[key] in early:
+            shorter = min(map(len, answers))
+            assert answers[0][:shorter] == answers[1][:shorter]
+        else:
+            assert answers[0] == answers[1]
+            assert plain.endings[key] is speculative.endings[key]
+
+
+def test_an_answer_that_repeats_itself_takes_fewer_steps() -> None:
+    steps = []
+    for speculation in (None, Speculation()):
+        run = Run(VerifyingEngine(), 24, True, speculation)
+        run.add(sequence(0, Arrival(shared=0, own=4, max_tokens=60)))
+        run.finish(within=100)
+        steps.append(run.steps)
+        assert len(run.answers[0]) == 60
+
+    assert steps[0] == 60
+    assert steps[1] < 50
+
+
+def test_no_step_has_more_drafts_than_its_bound_and_large_ones_have_none() -> None:
+    for rows in (1, MOST_ROWS, MOST_ROWS + 1):
+        run = Run(VerifyingEngine(max_running=rows), 24, True, Speculation())
+        for key in range(rows):
+            run.add(sequence(key, Arrival(shared=0, own=4, max_tokens=60)))
+        drafted = []
+        while not run.scheduler.idle:
+            drafted.append(sum(len(row.draft) for row in run.step()))
+        assert max(drafted) <= MOST_DRAFTED
+        assert any(drafted) == (rows <= MOST_ROWS)
+
+
+def test_drafts_pay_only_as_long_as_a_step_gains_more_than_it_loses() -> None:
+    gains = [(0.9**i, 0) for i in range(1, 16)]
+
+    assert paying(gains, 1, lambda tokens: 1.0) == 15  # more tokens take no time
+    assert paying(gains, 1, float) == 0  # a token in a step takes as long as a step
+    some = paying(gains, 1, lambda tokens: 1 + 0.2 * tokens)
+    assert 0 < some < 15
+    assert paying(gains, 8, lambda tokens: 1 + 0.2 * tokens) < some
+    assert paying([(0.01, 0)], 1, lambda tokens: 1.0) == 0  # too little to be certain of
+
+
+def test_the_time_of_a_step_is_learnt_from_steps_of_several_sizes() -> None:
+    times = StepTimes()
+    assert times.estimate(5) == 0
+    for _ in range(200):
+        for tokens in (1, 4, 9):
+            times.record(tokens, 0.01 + 0.002 * tokens)
+
+    for tokens in (1, 4, 9, 12):
+        assert abs(times.estimate(tokens) / (0.01 + 0.002 * tokens) - 1) < 0.1
+    times.record(4, 100.0)  # one interrupted step changes little
+    assert times.estimate(4) < 0.03
+
+
+def test_drafts_that_are_always_wrong_stop_and_are_tried_again_later() -> None:
+    speculation, own = Speculation(), SpeculativeSequence()
+    for tokens in range(1, 10):
+        speculation.times.record(tokens, 0.01 + 0.0005 * tokens)
+    ids = PERIOD * 3
+    drafted = []
+    for _ in range(600):
+        (draft,) = speculation.drafts([Candidate(own, ids, 100)])
+        drafted.append(len(draft))
+        speculation.record(own, 0)
+
+    assert drafted[0] > 3
+    assert sum(drafted[50:]) < 0.05 * 550
+    assert any(drafted[50:])
+
+
+def test_a_sequence_that_ends_soon_gets_no_longer_draft_than_it_needs() -> None:
+    speculation, own = Speculation(), SpeculativeSequence()
+
+    assert [len(draft) for draft in speculation.drafts([Candidate(own, PERIOD * 3, 2)])] == [2]
+    assert speculation.drafts([Candidate(own, PERIOD * 3, 0)]) == [[]]
