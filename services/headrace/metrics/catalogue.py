@@ -310,6 +310,13 @@ PREFIX_TOKENS: Final = Counter(
     "prompt tokens, by whether the prefix cache had them or they were computed",
     services=(WORKER,),
 )
+SPECULATIVE_TOKENS: Final = Counter(
+    "headrace.speculative.tokens",
+    "{token}",
+    (*_MODEL, "source"),
+    "tokens that speculative decoding guessed, by whether they were the right ones",
+    services=(WORKER,),
+)
 STEP_ROWS: Final = Histogram(
     "headrace.step.rows",
     "{sequence}",

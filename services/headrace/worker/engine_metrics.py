@@ -38,6 +38,8 @@ class EngineMetrics:
         self._preempted = catalogue.PREEMPTED.of(**labels)
         self._cached = catalogue.PREFIX_TOKENS.of(**labels, source="cached")
         self._computed = catalogue.PREFIX_TOKENS.of(**labels, source="computed")
+        self._accepted = catalogue.SPECULATIVE_TOKENS.of(**labels, source="accepted")
+        self._rejected = catalogue.SPECULATIVE_TOKENS.of(**labels, source="rejected")
         self._generated = catalogue.GENERATED_TOKENS.of(**labels)
         self._dropped = catalogue.WASTED_TOKENS.of(tier=tier, cause="over_generation")
         self._rows = catalogue.STEP_ROWS.of(**labels)
@@ -71,3 +73,6 @@ class EngineMetrics:
                 self._seconds.record(report.seconds)
                 self._computed.add(report.tokens - report.decodes)
                 self._dropped.add(report.dropped)
+                if report.drafted:
+                    self._accepted.add(report.accepted)
+                    self._rejected.add(report.drafted - report.accepted)

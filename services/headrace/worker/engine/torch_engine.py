@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headrace.worker.engine.cpu.decoder import Decoder
+from headrace.worker.engine.drawing.verification import sample_rows
 from headrace.worker.engine.flat_step import FlatStep, flatten
 from headrace.worker.engine.forward import Forward
 from headrace.worker.engine.interface import (
@@ -33,7 +34,6 @@ from headrace.worker.engine.likelihoods import (
     scored_ids,
 )
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.verification import sample_rows
 
 # Tokens of a prompt whose logits are in memory at the same time: 40 MB with a vocabulary of 152,000.
 SCORED_TOKENS = 64

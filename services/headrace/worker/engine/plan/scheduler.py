@@ -24,7 +24,7 @@ from typing import Any, Generic
 from headrace.worker.engine.interface import Fault, ModelInfo, PromptLogprobs, Result, Token
 from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
 from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep, record
-from headrace.worker.engine.plan.speculation import MOST_ROWS, Candidate, Speculation
+from headrace.worker.engine.plan.speculation import MOST_ROWS, Speculation
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate
 
 # One level of priority counts as an arrival this much earlier, as in the batcher's queue. So urgent
@@ -254,15 +254,9 @@ class Scheduler(Generic[K]):
     def _drafts(self) -> Mapping[LiveSequence[K], Sequence[int]]:
         """Return the drafts of the running sequences, if all of them decode in this step and none waits."""
         running, speculation = self._running, self._speculation
-        if speculation is None or self._waiting or len(running) > MOST_ROWS:
+        if speculation is None or self._waiting or len(running) > MOST_ROWS or self._prefilling:
             return {}
-        if any(sequence.uncomputed != 1 for sequence in running):
-            return {}
-        candidates = [
-            Candidate(sequence.speculative, sequence.ids, sequence.length - len(sequence.ids) - 1)
-            for sequence in running
-        ]
-        return dict(zip(running, speculation.drafts(candidates), strict=True))
+        return dict(zip(running, speculation.drafts([s.candidate for s in running]), strict=True))
 
     def _add_decodes(self, step: PlannedStep[K], drafts: Mapping[LiveSequence[K], Sequence[int]]) -> None:
         """Add the sequences that decode in this step, each with a block for it; preempts if needed."""
@@ -368,8 +362,7 @@ class Scheduler(Generic[K]):
             self._speculation.record(sequence.speculative, len(result.more))
         accepted = min(recorded, len(result.more))
         self.accepted += accepted
-        if sequence.table is not None:
-            sequence.computed += accepted
+        sequence.computed += accepted
         return accepted
 
     def _finish(self, sequence: LiveSequence[K], reason: FinishReason, fault: str = "") -> SequenceUpdate[K]:

@@ -8,7 +8,7 @@ from typing import Generic
 
 from headrace.worker.engine.interface import UNSCORED, Memo, Row, Token
 from headrace.worker.engine.plan.blocks import BlockTable
-from headrace.worker.engine.plan.speculation import SpeculativeSequence
+from headrace.worker.engine.plan.speculation import Candidate, SpeculativeSequence
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
 
 
@@ -70,6 +70,11 @@ class LiveSequence(Generic[K]):
     def readable(self) -> int:
         """Number of its first ids that the prefix cache may supply: for the others, logits are needed."""
         return len(self.ids) if self.unscored >= self.spec.prompt else self.unscored - 1
+
+    @property
+    def candidate(self) -> Candidate:
+        """The sequence as a candidate for a draft."""
+        return Candidate(self.speculative, self.ids, self.length - len(self.ids) - 1)
 
     @property
     def times(self) -> SequenceTimes:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.worker.engine.drawing.verification import sample_rows
 from headrace.worker.engine.interface import Fault, SamplingParams, Token
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.engine.sampling import Sampler
 from headrace.worker.engine.torch_engine import TorchEngine
-from headrace.worker.engine.verification import sample_rows
 from headrace.worker.runner import SequenceSpec, StepReport
 from tests.worker.engine.conftest import EOS, VOCABULARY
 from tests.worker.engine.grammar.cases import letters, regex
