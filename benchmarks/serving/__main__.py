@@ -17,6 +17,7 @@ systems are headrace (engine and mesh in each 8- and 16-bit dtype), headrace-eng
 headrace-mesh:DTYPE, peers (all), openvino, openvino:int8, openvino:bf16, vllm, vllm:w8a8, vllm:bf16,
 llamacpp, transformers:continuous, transformers:static. headrace-mesh-vllm:KIND is the mesh over the engine
 of vllm:KIND (w8a8, bf16 or float32), with the same arguments; both also as KIND-eager, without compilation.
+headrace-engine-lookup:DTYPE and headrace-mesh-lookup:DTYPE use speculative decoding, which is off elsewhere.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from headrace.worker.settings import Settings
 _PACKAGES = ("headrace", "torch", "transformers", "grpcio", "numba")
 
 
-def headrace_mesh(dtype: str) -> Opener:
+def headrace_mesh(dtype: str, speculation: str) -> Opener:
     """Return the opener of the whole mesh with one tier."""
 
     @asynccontextmanager
@@ -45,7 +45,7 @@ def headrace_mesh(dtype: str) -> Opener:
             threads=place.threads,
             drain_seconds=1.0,
             # The prompts of the workload share no prefix, but its repetitions would hit the cache.
-            flags={"worker": ["--no-prefix-cache"]},
+            flags={"worker": ["--no-prefix-cache", "--speculation", speculation]},
         )
         async with mesh(spec) as running, connect(running.address) as client:
             yield Mesh(client, list(running.pids.values()), versions(*_PACKAGES))
@@ -53,13 +53,14 @@ def headrace_mesh(dtype: str) -> Opener:
     return run
 
 
-def headrace_engine(dtype: str) -> Opener:
+def headrace_engine(dtype: str, speculation: str) -> Opener:
     """Return the opener of the engine alone, in a child process."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Piped, None]:
         model = "echo" if dtype == "echo" else place.headrace_model
         arguments = ["--model", model, "--dtype", dtype, "--threads", str(place.threads)]
+        arguments += ["--speculation", speculation]
         log = place.logs / f"headrace-engine-{dtype}.log"
         async with piped("headrace-engine", sys.executable, "headrace_engine", arguments, log) as running:
             running.versions |= versions(*_PACKAGES)
@@ -161,10 +162,14 @@ OURS = tuple(
 
 
 def headrace(name: str) -> System:
-    """Return headrace-engine:DTYPE or headrace-mesh:DTYPE; "echo" is the engine without a model."""
+    """Return headrace-engine:DTYPE or headrace-mesh:DTYPE; "echo" is the engine without a model.
+
+    With headrace-engine-lookup or headrace-mesh-lookup, the worker uses speculative decoding.
+    """
     kind, _, dtype = name.partition(":")
-    opener = {"headrace-engine": headrace_engine, "headrace-mesh": headrace_mesh}[kind]
-    return System(name, opener(dtype or "auto"), _nothing)
+    speculation = "lookup" if kind.endswith("-lookup") else "off"
+    opener = headrace_engine if kind.startswith("headrace-engine") else headrace_mesh
+    return System(name, opener(dtype or "auto", speculation), _nothing)
 
 
 def find(name: str) -> list[System]:
@@ -173,7 +178,8 @@ def find(name: str) -> list[System]:
     Raises LookupError with the known names.
     """
     kind, _, variant = name.partition(":")
-    if kind in ("headrace-engine", "headrace-mesh") and (not variant or variant in HEADRACE_DTYPES):
+    ours = kind.removesuffix("-lookup") in ("headrace-engine", "headrace-mesh")
+    if ours and (not variant or variant in HEADRACE_DTYPES):
         return [headrace(name)]
     if name == "headrace":
         return [headrace(each) for each in OURS]
@@ -184,7 +190,11 @@ def find(name: str) -> list[System]:
     if not found:
         names = [system.name for system in (*PEERS, *ENGINES)]
         known = ", ".join(
-            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers", *dict.fromkeys(names)]
+            [
+                *("headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE"),
+                *("headrace-engine-lookup:DTYPE", "headrace-mesh-lookup:DTYPE", "peers"),
+                *dict.fromkeys(names),
+            ]
         )
         raise LookupError(f"no system is called {name!r}; choose from {known}")
     return found

@@ -46,14 +46,18 @@ def start(
     *,
     step_tokens: int = 0,
     prefix_cache: bool = False,
+    speculation: bool = False,
 ) -> EngineLoop[int]:
     """Start the step loop as a worker would.
 
     step_tokens    0 for the worker's default
     prefix_cache   off by default: repetitions of a workload would hit the cache
+    speculation    only for an engine that verifies drafts
     """
     steps = step_tokens or Settings(engine="echo").tokens_per_step
-    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=steps, prefix_cache=prefix_cache)
+    loop: EngineLoop[int] = EngineLoop(
+        engine, step_tokens=steps, prefix_cache=prefix_cache, speculation=speculation
+    )
     loop.start(report)
     return loop
 
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--speculation", choices=["lookup", "off"], default="off")
     arguments = parser.parse_args()
     pipe = Pipe()
     engine = load(arguments.model, arguments.dtype, arguments.threads)
@@ -77,7 +82,7 @@ def main() -> None:
     def on_report(report: StepReport[int]) -> None:
         pipe.tokens((update.key, update.token_ids) for update in report.updates if update.token_ids)
 
-    loop = start(engine, on_report)
+    loop = start(engine, on_report, speculation=arguments.speculation == "lookup")
     pipe.ready({"dtype": engine.model.dtype, "exact": str(engine.model.exact)})
     while (asks := pipe.take(wait=True)) is not None:
         for ask in asks:
