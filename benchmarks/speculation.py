@@ -6,7 +6,8 @@ The answers must be equal. Kinds of prompts:
 summary     summarise a topic of Python's manual, with quotations
 code        edit a function of Python's library
 json        write records as JSON, after an example
-chat        the prompts of the serving workload, which repeat little
+chat        the prompts of the serving workload
+story       invent a story: at temperature 1 little repeats, so there is little to gain
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ TOPICS = ("assert", "booleans", "continue", "exprlists", "slicings")
 FUNCTIONS = ("dedent", "fill", "indent", "shorten", "wrap")
 CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Delhi", "Quito", "Rome", "Seoul")
 
+STORIES = ("a lighthouse", "two clockmakers", "a lost letter", "the first winter on Mars", "a talking river")
+
 
 def prompts() -> dict[str, list[str]]:
     """Return the prompts of each kind, without chat template."""
@@ -57,6 +60,7 @@ def prompts() -> dict[str, list[str]]:
             f"{', '.join(CITIES[i:] + CITIES[:i])}.\nEach record looks like this one:\n{record % CITIES[i]}"
             for i in range(5)
         ],
+        "story": [f"Invent a story about {about}." for about in STORIES],
     }
 
 
@@ -128,7 +132,7 @@ def measure(
     plain, speculative = (Client(engine, speculation=on) for on in (False, True))
     rows: list[Figures] = []
     for kind, texts in asked.items():
-        for temperature in (0.0, 0.7):
+        for temperature in (0.0, 1.0):
             pairs: list[tuple[Answer, Answer]] = []
             for repetition in range(repetitions):
                 for ids in texts:
