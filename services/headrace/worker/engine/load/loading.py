@@ -11,19 +11,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from headrace.models import file_digest
-from headrace.worker.engine.attention_kinds import choose_kind
+from headrace.worker.engine.attention_kinds import AttentionKind, Layers, choose_kind
 from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
+from headrace.worker.engine.cpu.stored_model import ModelStore, Remembered, StoredModel, state_of_files
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
 from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, ignore, release_freed_memory
@@ -107,7 +112,7 @@ def load_engine(
         vocabulary_reader = VocabularyReader(path, cache)
         folder, digest = _model_folder(path, cache, progress)
         config = read_config(folder)
-        architecture = str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
+        architecture = _architecture(config)
         context = choose_context(config, context_length)
         precision = choose_precision(dtype, architecture, config, gpu=target.gpu)
         # The self-check computes sequences of a fixed length, even if only shorter ones are served.
@@ -115,58 +120,173 @@ def load_engine(
         # As the scheduler, which always has space for a decode of each sequence.
         step_tokens = max(step_tokens, max_running)
         plan = Plan(target, step_tokens, exact, positions=max(context, checked))
-        progress(f"loading {name} in {precision.name}")
-        read = read or functools.partial(read_network, allow_pickle=allow_pickle)
-        loaded = _load(folder, precision, plan, read, progress, warn)
-        vocabulary = int(loaded.network.get_output_embeddings().weight.shape[0])
-        model = ModelInfo(
+        store = None
+        if read is None and precision.element_type is not None:
+            store = ModelStore(
+                cache,
+                f"{folder.resolve()} {precision.name}",
+                f"{state_of_files(folder)} {plan.positions} {allow_pickle}",
+            )
+
+        start = _Start(
             name=name,
             revision=digest or (path.name if path.parent.name == "snapshots" else ""),
-            dtype=precision.name,
-            device=str(target.device),
             tokenizer_fingerprint=tokenizer_fingerprint,
             weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
-            context_length=context,
-            vocabulary_size=vocabulary,
-            eos_ids=read_eos_ids(
-                folder,
-                (loaded.network.generation_config, loaded.network.config.get_text_config()),
-                vocabulary=vocabulary,
-                warn=warn,
-            ),
+            context=context,
+            checked=checked,
             max_running=max_running,
-            block_tokens=loaded.kind.block_tokens,
-            kv_blocks=max_running * -(-context // loaded.kind.block_tokens),
-            exact=False,
-            features=loaded.features,
+            kv_memory=kv_memory,
+            precision=precision,
+            plan=plan,
+            vocabulary_reader=vocabulary_reader,
+            progress=progress,
+            warn=warn,
         )
-        vocabulary_reader.make(size=vocabulary, eos_ids=model.eos_ids)
-        cases = self_check.make_cases(vocabulary, checked)
-        with enough_for_steps(target.device, step_tokens=step_tokens, max_running=max_running):
-            network = loaded.network
+        if store is not None and (stored := store.read()) is not None:
+            try:
+                return start.from_store(stored)
+            except UnsupportedModel as error:
+                warn(f"{name} is loaded again: {one_line(error)}")
+                store.discard()
+                del stored
+        read = read or functools.partial(read_network, allow_pickle=allow_pickle)
+        return start.from_files(folder, read, store)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The start of an engine with settled parameters; see `load_engine`.
+
+    checked   tokens of the longest sequence of the self-check
+    """
+
+    name: str
+    revision: str
+    tokenizer_fingerprint: str
+    weights_fingerprint: str
+    context: int
+    checked: int
+    max_running: int
+    kv_memory: float | None
+    precision: Precision
+    plan: Plan
+    vocabulary_reader: VocabularyReader
+    progress: Report
+    warn: Report
+
+    def from_store(self, stored: StoredModel) -> ModelEngine:
+        """Start with weights that were laid out and checked by an earlier start.
+
+        Raises UnsupportedModel if their results are not the same bits as then.
+        """
+        self.progress(f"reading the stored weights of {self.name} in {self.precision.name}")
+        kind = self._choose_kind(stored.layers)
+        loaded = LoadedModel(None, stored.layers, kind, self.precision, self.plan, decoder=stored.weights)
+        model = self._describe(loaded, stored.weights.vocabulary_size, stored.eos_ids)
+        cases = self_check.make_cases(model.vocabulary_size, self.checked)
+        with self._enough_for_steps():
+            self.progress("comparing with the results of the first start")
+            expected = {index: Remembered(logits) for index, logits in stored.logits.items()}
+            if not _check_engine(loaded, model, cases, expected, self.checked):
+                raise UnsupportedModel("the stored weights are not computed batch-invariantly any more")
+            for sentence in stored.warnings:
+                self.warn(sentence)
+            return self._warm_up(loaded, dataclasses.replace(model, exact=True), mapped=stored.mapped_bytes)
+
+    def from_files(self, folder: Path, read: ReadNetwork, store: ModelStore | None) -> ModelEngine:
+        """Start with the files of the model, and store what later starts need."""
+        plan, target = self.plan, self.plan.target
+        self.progress(f"loading {self.name} in {self.precision.name}")
+        warnings: list[str] = []
+
+        def warn(sentence: str) -> None:
+            warnings.append(sentence)
+            self.warn(sentence)
+
+        AttentionInterface.register(IMPLEMENTATION, paged_attention)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        network = read(folder, self.precision.network_dtype, target.device, warn)
+        with _as_unsupported(network, target):
+            layers = observe_layers(network)
+        loaded = LoadedModel(network, layers, self._choose_kind(layers), self.precision, plan)
+        vocabulary = int(network.get_output_embeddings().weight.shape[0])
+        configs = (network.generation_config, network.config.get_text_config())
+        eos_ids = read_eos_ids(folder, configs, vocabulary=vocabulary, warn=warn)
+        model = self._describe(loaded, vocabulary, eos_ids)
+        cases = self_check.make_cases(vocabulary, self.checked)
+        with self._enough_for_steps():
             with _as_unsupported(network, target):
-                references = self_check.make_references(network, cases, now=target.gpu)
-            loaded = loaded.prepared(progress)
-            progress("comparing with transformers' own forward pass")
+                references = self_check.make_references(network, cases, model.dtype, now=target.gpu)
+            loaded = loaded.prepared(self.progress)
+            self.progress("comparing with transformers' own forward pass")
             with _as_unsupported(network, target):
-                invariant = _check_engine(loaded, model, cases, references, checked)
-            if exact and not invariant:
-                warn(
-                    f"{name} is not batch-invariant on this device, although --exact was requested: "
+                invariant = _check_engine(loaded, model, cases, references, self.checked)
+            if plan.exact and target.gpu and not invariant:
+                self.warn(
+                    f"{self.name} is not batch-invariant on this device, although --exact was requested: "
                     "answers are announced as best effort"
                 )
             loaded = loaded.without_network()
+            if store is not None and invariant:
+                logits = {index: own.agreed for index, own in references.items() if own.agreed is not None}
+                checked = StoredModel(loaded.decoder, layers, eos_ids, tuple(warnings), logits)
+                # Beside the rest of the start: the system may take seconds to write the file.
+                threading.Thread(target=store.write, args=(checked,), daemon=True).start()
             del network, references
-            release_freed_memory()
-            progress("measuring the memory of a step")
-            blocks = _size_kv_memory(loaded, model, requested=kv_memory)
-            model = dataclasses.replace(model, exact=invariant, kv_blocks=blocks)
-            gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
-            progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
-            grammars = vocabulary_reader.grammars(warn)
-            if grammars is not None:
-                model = dataclasses.replace(model, features=(*model.features, "structured"))
-            return loaded.build_engine(model, progress, grammars=grammars)
+            return self._warm_up(loaded, dataclasses.replace(model, exact=invariant))
+
+    def _choose_kind(self, layers: Layers) -> AttentionKind:
+        """Choose the attention, and compile its kernels."""
+        target = self.plan.target
+        if not target.gpu:
+            compile_kernels(self.progress)
+        kind = choose_kind(layers, target.device, self.precision.memory_dtype, gpu=target.gpu)
+        if kind.reason:
+            self.progress(f"attention in plain torch, which is slow: {kind.reason}")
+        return kind
+
+    def _describe(self, loaded: LoadedModel, vocabulary: int, eos_ids: frozenset[int]) -> ModelInfo:
+        """Describe the model, and begin to make its vocabulary."""
+        self.vocabulary_reader.make(size=vocabulary, eos_ids=eos_ids)
+        block_tokens = loaded.kind.block_tokens
+        return ModelInfo(
+            name=self.name,
+            revision=self.revision,
+            dtype=self.precision.name,
+            device=str(self.plan.target.device),
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            weights_fingerprint=self.weights_fingerprint,
+            context_length=self.context,
+            vocabulary_size=vocabulary,
+            eos_ids=eos_ids,
+            max_running=self.max_running,
+            block_tokens=block_tokens,
+            kv_blocks=self.max_running * -(-self.context // block_tokens),
+            exact=False,
+            features=loaded.features,
+        )
+
+    def _enough_for_steps(self) -> AbstractContextManager[None]:
+        return enough_for_steps(
+            self.plan.target.device, step_tokens=self.plan.step_tokens, max_running=self.max_running
+        )
+
+    def _warm_up(self, loaded: LoadedModel, model: ModelInfo, *, mapped: int = 0) -> ModelEngine:
+        """Size KV memory, and build the engine that serves.
+
+        mapped   bytes of the weights that are in a mapped file
+        """
+        release_freed_memory()
+        self.progress("measuring the memory of a step")
+        blocks = _size_kv_memory(loaded, model, requested=self.kv_memory, mapped=mapped)
+        model = dataclasses.replace(model, kv_blocks=blocks)
+        gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
+        self.progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
+        grammars = self.vocabulary_reader.grammars(self.warn)
+        if grammars is not None:
+            model = dataclasses.replace(model, features=(*model.features, "structured"))
+        return loaded.build_engine(model, self.progress, grammars=grammars)
 
 
 def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]:
@@ -177,22 +297,12 @@ def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]
     return dequantised(path, digest=digest, cache=cache, progress=progress), digest
 
 
-def _load(
-    folder: Path, precision: Precision, plan: Plan, read: ReadNetwork, progress: Report, warn: Report
-) -> LoadedModel:
-    """Load the network, and choose its attention."""
-    AttentionInterface.register(IMPLEMENTATION, paged_attention)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    device = plan.target.device
-    network = read(folder, precision.network_dtype, device, warn)
-    with _as_unsupported(network, plan.target):
-        layers = observe_layers(network)
-    if not plan.target.gpu:
-        compile_kernels(progress)
-    kind = choose_kind(layers, device, precision.memory_dtype, gpu=plan.target.gpu)
-    if kind.reason:
-        progress(f"attention in plain torch, which is slow: {kind.reason}")
-    return LoadedModel(network, layers, kind, precision, plan)
+def _architecture(config: Any) -> str:
+    """Return the name of the model's class, without importing its code if it is one of transformers."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if isinstance(name, str):
+        return name
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -218,7 +328,7 @@ def _check_engine(
     loaded: LoadedModel,
     model: ModelInfo,
     cases: Sequence[self_check.Case],
-    references: dict[int, self_check.Reference],
+    expected: Mapping[int, self_check.Expected],
     context: int,
 ) -> bool:
     """Raise UnsupportedModel if the results are wrong, and return whether the engine is batch-invariant.
@@ -241,7 +351,7 @@ def _check_engine(
     exact = self_check.check_model(
         dataclasses.replace(loaded, plan=dataclasses.replace(plan, step_tokens=most)).build_engine(checked),
         cases,
-        references,
+        expected,
         context=context,
         sizes=sizes,
         concurrent=loaded.decoder is not None and not plan.target.gpu,
@@ -252,7 +362,7 @@ def _check_engine(
     return self_check.check_attention(loaded.kind, loaded.layers, device, dtype) and exact
 
 
-def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float | None) -> int:
+def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float | None, mapped: int) -> int:
     """Run the largest possible steps, and return the number of blocks that fit into the remaining memory."""
     # The rows of these steps use only two blocks, see `kv_sizing.largest_step`.
     two_blocks = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
@@ -277,5 +387,6 @@ def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float |
         block_tokens=model.block_tokens,
         sequence_blocks=-(-model.context_length // model.block_tokens),
         max_running=model.max_running,
+        mapped=mapped,
         requested=None if requested is None else int(requested * 2**30),
     )
