@@ -17,6 +17,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 
 from headrace.worker.engine.attention_kinds import Layers
 from headrace.worker.engine.cpu.decoder import DecoderWeights
@@ -46,17 +46,21 @@ _LEAST_FREE = 4  # a model is stored only if the disk has this many times its si
 class StoredModel:
     """A model that agreed with transformers.
 
+    context    tokens of the longest sequence that is served
+    checked    tokens of the longest sequence of the self-check
     layers     the attention that the layers of its network were observed to need
     eos_ids    ids that end a turn
     warnings   sentences about its files
-    logits     results of the kernels for cases of the self-check, by their index
+    logits     results of the kernels for the first case of the self-check
     """
 
     weights: DecoderWeights
+    context: int
+    checked: int
     layers: Layers
     eos_ids: frozenset[int]
     warnings: tuple[str, ...]
-    logits: Mapping[int, torch.Tensor]
+    logits: torch.Tensor
 
     @property
     def mapped_bytes(self) -> int:
@@ -66,7 +70,7 @@ class StoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class Remembered:
-    """The results of an earlier start for one case of the self-check; see `self_check.Expected`."""
+    """The results of an earlier start for a case of the self-check; see `self_check.Expected`."""
 
     logits: torch.Tensor
 
@@ -150,7 +154,7 @@ def state_of_files(folder: Path) -> str:
 
 
 def _software() -> str:
-    versions = (torch.__version__, transformers.__version__, numba.__version__, np.__version__)
+    versions = torch.__version__, version("transformers"), numba.__version__, np.__version__
     state = hashlib.sha256(f"{versions} {llvmlite.binding.get_host_cpu_name()}".encode())
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         state.update(path.read_bytes())
@@ -160,12 +164,12 @@ def _software() -> str:
 def _pack(model: StoredModel) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Return the header of the file, and the tensors that follow it."""
     weights = model.weights
-    owned, logits = weights.owned, list(model.logits.values())
+    tensors = [*weights.owned, model.logits]
     offsets, size = [], 0
-    for tensor in (*owned, *logits):
+    for tensor in tensors:
         offsets.append(size)
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    places = {tensor.data_ptr(): offset for tensor, offset in zip(owned, offsets, strict=False)}
+    places = {tensor.data_ptr(): offset for tensor, offset in zip(tensors, offsets, strict=True)}
     header = {
         "bytes": size,
         "element_type": int(weights.element_type),
@@ -175,12 +179,11 @@ def _pack(model: StoredModel) -> tuple[dict[str, Any], list[torch.Tensor]]:
         "layers": {index: dataclasses.asdict(layer) for index, layer in model.layers.items()},
         "eos_ids": sorted(model.eos_ids),
         "warnings": model.warnings,
-        "logits": [
-            (index, offset, tuple(own.shape))
-            for (index, own), offset in zip(model.logits.items(), offsets[len(owned) :], strict=True)
-        ],
+        "context": model.context,
+        "checked": model.checked,
+        "logits": (offsets[-1], tuple(model.logits.shape)),
     }
-    return header, [*owned, *logits]
+    return header, tensors
 
 
 def _unpack(header: dict[str, Any], held: npt.NDArray[np.uint8]) -> StoredModel:
@@ -196,11 +199,16 @@ def _unpack(header: dict[str, Any], held: npt.NDArray[np.uint8]) -> StoredModel:
         int(index): LayerAttention(LayerShape(**own["shape"]), own["heads"], Masking(**own["masking"]))
         for index, own in header["layers"].items()
     }
-    logits = {
-        index: torch.from_numpy(np.ndarray(shape, np.float32, held, offset).copy())
-        for index, offset, shape in header["logits"]
-    }
-    return StoredModel(weights, layers, frozenset(header["eos_ids"]), tuple(header["warnings"]), logits)
+    offset, shape = header["logits"]
+    return StoredModel(
+        weights=weights,
+        context=header["context"],
+        checked=header["checked"],
+        layers=layers,
+        eos_ids=frozenset(header["eos_ids"]),
+        warnings=tuple(header["warnings"]),
+        logits=torch.from_numpy(np.ndarray(shape, np.float32, held, offset).copy()),
+    )
 
 
 def _moved(records: npt.NDArray[Any], places: Mapping[int, int]) -> dict[str, Any]:

@@ -18,12 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
-from transformers.utils import logging as transformers_logging
 
 from headrace.models import file_digest
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers, choose_kind
@@ -34,15 +28,8 @@ from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
 from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, ignore, release_freed_memory
 from headrace.worker.engine.load.devices import Plan, Target, choose_device, set_up
 from headrace.worker.engine.load.free_memory import enough_for_steps
-from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
-from headrace.worker.engine.load.model_config import (
-    choose_context,
-    longest_context,
-    read_config,
-)
-from headrace.worker.engine.load.network import read_network
-from headrace.worker.engine.load.precision import Precision, choose_precision
+from headrace.worker.engine.load.precision import Precision, choose_precision, decoder_precision
 from headrace.worker.engine.load.refusals import (
     SEE_MODELS,
     LoadingError,
@@ -51,7 +38,7 @@ from headrace.worker.engine.load.refusals import (
     one_line,
 )
 from headrace.worker.engine.load.vocabulary import VocabularyReader
-from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
+from headrace.worker.engine.transformers_attention import observe_layers, register_attention
 
 log = logging.getLogger(__name__)
 
@@ -110,48 +97,62 @@ def load_engine(
         if threads is not None:
             torch.set_num_threads(threads)
         vocabulary_reader = VocabularyReader(path, cache)
-        folder, digest = _model_folder(path, cache, progress)
-        config = read_config(folder)
-        architecture = _architecture(config)
-        context = choose_context(config, context_length)
-        precision = choose_precision(dtype, architecture, config, gpu=target.gpu)
-        # The self-check computes sequences of a fixed length, even if only shorter ones are served.
-        checked = min(self_check.GPU_CONTEXT if target.gpu else self_check.CONTEXT, longest_context(config))
         # As the scheduler, which always has space for a decode of each sequence.
         step_tokens = max(step_tokens, max_running)
-        plan = Plan(target, step_tokens, exact, positions=max(context, checked))
+        digest = file_digest(path) if path.suffix == ".gguf" and path.is_file() else ""
+        revision = digest or (path.name if path.parent.name == "snapshots" else "")
         store = None
-        if read is None and precision.element_type is not None:
-            store = ModelStore(
-                cache,
-                f"{folder.resolve()} {precision.name}",
-                f"{state_of_files(folder)} {plan.positions} {allow_pickle}",
+        if read is None and not target.gpu and (digest or path.is_dir()):
+            settings = f"{digest or state_of_files(path)} {context_length} {allow_pickle}"
+            store = ModelStore(cache, f"{path.resolve()} {dtype}", settings)
+
+        def start(folder: Path, precision: Precision, context: int, checked: int) -> _Start:
+            return _Start(
+                name=name,
+                revision=revision,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
+                context=context,
+                checked=checked,
+                max_running=max_running,
+                kv_memory=kv_memory,
+                precision=precision,
+                plan=Plan(target, step_tokens, exact, positions=max(context, checked)),
+                vocabulary_reader=vocabulary_reader,
+                progress=progress,
+                warn=warn,
             )
 
-        start = _Start(
-            name=name,
-            revision=digest or (path.name if path.parent.name == "snapshots" else ""),
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
-            context=context,
-            checked=checked,
-            max_running=max_running,
-            kv_memory=kv_memory,
-            precision=precision,
-            plan=plan,
-            vocabulary_reader=vocabulary_reader,
-            progress=progress,
-            warn=warn,
-        )
         if store is not None and (stored := store.read()) is not None:
             try:
-                return start.from_store(stored)
+                precision = decoder_precision(stored.weights.element_type)
+                return start(path, precision, stored.context, stored.checked).from_store(stored)
             except UnsupportedModel as error:
                 warn(f"{name} is loaded again: {one_line(error)}")
                 store.discard()
                 del stored
-        read = read or functools.partial(read_network, allow_pickle=allow_pickle)
-        return start.from_files(folder, read, store)
+        # Imports transformers, which takes seconds and much memory.
+        from headrace.worker.engine.load.model_config import (
+            architecture_of,
+            choose_context,
+            longest_context,
+            read_config,
+        )
+        from headrace.worker.engine.load.network import read_network
+
+        folder = path
+        if digest:
+            from headrace.worker.engine.load.gguf.weights import dequantised
+
+            folder = dequantised(path, digest=digest, cache=cache, progress=progress)
+        config = read_config(folder)
+        context = choose_context(config, context_length)
+        precision = choose_precision(dtype, architecture_of(config), config, gpu=target.gpu)
+        # The self-check computes sequences of a fixed length, even if only shorter ones are served.
+        checked = min(self_check.GPU_CONTEXT if target.gpu else self_check.CONTEXT, longest_context(config))
+        return start(folder, precision, context, checked).from_files(
+            folder, read or functools.partial(read_network, allow_pickle=allow_pickle), store
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,9 +188,8 @@ class _Start:
         cases = self_check.make_cases(model.vocabulary_size, self.checked)
         with self._enough_for_steps():
             self.progress("comparing with the results of the first start")
-            expected = {index: Remembered(logits) for index, logits in stored.logits.items()}
-            if not _check_engine(loaded, model, cases, expected, self.checked):
-                raise UnsupportedModel("the stored weights are not computed batch-invariantly any more")
+            engine = _checked_engine(loaded, model, self.checked)
+            self_check.check_alone(engine, cases[0], Remembered(stored.logits), self.checked)
             for sentence in stored.warnings:
                 self.warn(sentence)
             return self._warm_up(loaded, dataclasses.replace(model, exact=True), mapped=stored.mapped_bytes)
@@ -204,8 +204,7 @@ class _Start:
             warnings.append(sentence)
             self.warn(sentence)
 
-        AttentionInterface.register(IMPLEMENTATION, paged_attention)
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        register_attention()
         network = read(folder, self.precision.network_dtype, target.device, warn)
         with _as_unsupported(network, target):
             layers = observe_layers(network)
@@ -228,9 +227,17 @@ class _Start:
                     "answers are announced as best effort"
                 )
             loaded = loaded.without_network()
-            if store is not None and invariant:
-                logits = {index: own.agreed for index, own in references.items() if own.agreed is not None}
-                checked = StoredModel(loaded.decoder, layers, eos_ids, tuple(warnings), logits)
+            agreed = references[0].agreed
+            if store is not None and invariant and agreed is not None and loaded.decoder is not None:
+                checked = StoredModel(
+                    weights=loaded.decoder,
+                    context=self.context,
+                    checked=self.checked,
+                    layers=layers,
+                    eos_ids=eos_ids,
+                    warnings=tuple(warnings),
+                    logits=agreed,
+                )
                 # Beside the rest of the start: the system may take seconds to write the file.
                 threading.Thread(target=store.write, args=(checked,), daemon=True).start()
             del network, references
@@ -289,22 +296,6 @@ class _Start:
         return loaded.build_engine(model, self.progress, grammars=grammars)
 
 
-def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]:
-    """Return the folder that transformers can load, and the digest of the file if it is a .gguf file."""
-    if path.suffix != ".gguf" or not path.is_file():
-        return path, ""
-    digest = file_digest(path)
-    return dequantised(path, digest=digest, cache=cache, progress=progress), digest
-
-
-def _architecture(config: Any) -> str:
-    """Return the name of the model's class, without importing its code if it is one of transformers."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if isinstance(name, str):
-        return name
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
-
-
 @contextmanager
 def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
     """Convert an exception of a model's own code, which ragged batches can cause, to UnsupportedModel."""
@@ -341,15 +332,8 @@ def _check_engine(
     sizes, running = None, self_check.SEQUENCES
     if plan.target.gpu and invariant:
         sizes, running = gpu_assembly.checked_sizes(model, plan.step_tokens), gpu_assembly.checked_rows(model)
-    checked = dataclasses.replace(
-        model,
-        max_running=running,
-        context_length=context,
-        kv_blocks=self_check.blocks_needed(model.block_tokens, context),
-    )
-    most = max(plan.step_tokens, self_check.step_tokens(context))
     exact = self_check.check_model(
-        dataclasses.replace(loaded, plan=dataclasses.replace(plan, step_tokens=most)).build_engine(checked),
+        _checked_engine(loaded, model, context, running),
         cases,
         expected,
         context=context,
@@ -360,6 +344,21 @@ def _check_engine(
         return exact and invariant
     device, dtype = plan.target.device, loaded.precision.memory_dtype
     return self_check.check_attention(loaded.kind, loaded.layers, device, dtype) and exact
+
+
+def _checked_engine(
+    loaded: LoadedModel, model: ModelInfo, context: int, running: int = self_check.SEQUENCES
+) -> ModelEngine:
+    """Build an engine for the self-check."""
+    checked = dataclasses.replace(
+        model,
+        max_running=running,
+        context_length=context,
+        kv_blocks=self_check.blocks_needed(model.block_tokens, context),
+    )
+    most = max(loaded.plan.step_tokens, self_check.step_tokens(context))
+    plan = dataclasses.replace(loaded.plan, step_tokens=most)
+    return dataclasses.replace(loaded, plan=plan).build_engine(checked)
 
 
 def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float | None, mapped: int) -> int:

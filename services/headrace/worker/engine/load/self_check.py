@@ -93,11 +93,7 @@ class Expected(Protocol):
     """What the engine should compute for one case."""
 
     def compare(self, logits: torch.Tensor, first: int, how: str) -> None:
-        """Compare logits of the answer from its token *first* on. Raises UnsupportedModel if they differ.
-
-        how   describes for a message how they were computed
-        """
-        ...
+        """Raise UnsupportedModel unless logits of the answer, from its token *first* on, are right."""
 
 
 class Reference:
@@ -194,10 +190,17 @@ def make_cases(vocabulary: int, context: int) -> list[Case]:
 def make_references(network: Any, cases: Sequence[Case], dtype: str, *, now: bool) -> dict[int, Reference]:
     """Make the references of the cases that `check_model` compares, by index; *now*: compute them now."""
     references = {index: Reference(network, cases[index], dtype) for index in (0, 2)}
-    for reference in references.values():
-        if now:
+    if now:
+        for reference in references.values():
             reference.compute()
     return references
+
+
+def check_alone(engine: CheckedEngine, case: Case, expected: Expected, context: int) -> None:
+    """Compare only what `check_model` computes first: a case alone."""
+    blocks = range(blocks_needed(engine.model.block_tokens, context))
+    alone = _run(engine, [case], blocks, chunk=case.prompt)[0]
+    expected.compare(alone.logits, 0, "alone")
 
 
 def check_model(
