@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,8 @@ from headrace.worker.engine.load.refusals import UnsupportedModel
 from headrace.worker.engine.transformers_attention import LayerAttention, Masking
 
 log = logging.getLogger(__name__)
+
+WRITER = "stored-model"  # the name of the thread that writes
 
 _ALIGNMENT = 64
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # on Linux: map all pages now, not at the first step
@@ -90,6 +93,7 @@ class ModelStore:
 
     def __init__(self, cache: Path, identity: str, state: str) -> None:
         self._path = cache / "laid-out" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._part = self._path.with_suffix(".part")
         self._key = hashlib.sha256(f"{state} {_software()}".encode()).hexdigest()
 
     def read(self) -> StoredModel | None:
@@ -101,6 +105,7 @@ class ModelStore:
                     return None
                 # Workers of the same model share the pages of the file.
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | _POPULATE)
+            self._part.unlink(missing_ok=True)  # of a process that was killed
             return _unpack(header, np.frombuffer(mapped, np.uint8, header["bytes"], header["begin"]))
         except FileNotFoundError:
             return None
@@ -114,7 +119,13 @@ class ModelStore:
             self._path.unlink(missing_ok=True)
 
     def write(self, model: StoredModel) -> None:
-        """Write the model, unless another process writes it or the disk is too small."""
+        """Write the model on a thread of its own: the system may take seconds.
+
+        Does nothing if another process writes it or the disk is too small.
+        """
+        threading.Thread(target=self._write, args=(model,), name=WRITER, daemon=True).start()
+
+    def _write(self, model: StoredModel) -> None:
         try:
             import fcntl
 
@@ -122,16 +133,15 @@ class ModelStore:
             header, tensors = _pack(model)
             if shutil.disk_usage(self._path.parent).free < _LEAST_FREE * header["bytes"]:
                 return
-            part = self._path.with_suffix(".part")
-            with part.open("ab") as file:
+            with self._part.open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)  # what a process that was killed has left
-                self._write(file, header, tensors)
-                part.replace(self._path)
+                self._write_to(file, header, tensors)
+                self._part.replace(self._path)
         except (ImportError, OSError):
             log.debug("the model is not stored", exc_info=True)
 
-    def _write(self, file: Any, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
+    def _write_to(self, file: Any, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         line = json.dumps({"key": self._key, "begin": 0, **header}).encode()
         begin = -(-(len(line) + 20) // _ALIGNMENT) * _ALIGNMENT
         line = json.dumps({"key": self._key, "begin": begin, **header}).encode() + b"\n"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -238,8 +237,7 @@ class _Start:
                     warnings=tuple(warnings),
                     logits=agreed,
                 )
-                # Beside the rest of the start: the system may take seconds to write the file.
-                threading.Thread(target=store.write, args=(checked,), daemon=True).start()
+                store.write(checked)
             del network, references
             return self._warm_up(loaded, dataclasses.replace(model, exact=invariant))
 
