@@ -110,7 +110,8 @@ def load_engine(
                 name=name,
                 revision=revision,
                 tokenizer_fingerprint=tokenizer_fingerprint,
-                weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
+                folder=folder,
+                digest=digest,
                 context=context,
                 checked=checked,
                 max_running=max_running,
@@ -150,7 +151,7 @@ def load_engine(
         # The self-check computes sequences of a fixed length, even if only shorter ones are served.
         checked = min(self_check.GPU_CONTEXT if target.gpu else self_check.CONTEXT, longest_context(config))
         return start(folder, precision, context, checked).from_files(
-            folder, read or functools.partial(read_network, allow_pickle=allow_pickle), store
+            read or functools.partial(read_network, allow_pickle=allow_pickle), store
         )
 
 
@@ -158,13 +159,15 @@ def load_engine(
 class _Start:
     """The start of an engine with settled parameters; see `load_engine`.
 
+    digest    of a .gguf file
     checked   tokens of the longest sequence of the self-check
     """
 
     name: str
     revision: str
     tokenizer_fingerprint: str
-    weights_fingerprint: str
+    folder: Path
+    digest: str
     context: int
     checked: int
     max_running: int
@@ -193,7 +196,7 @@ class _Start:
                 self.warn(sentence)
             return self._warm_up(loaded, dataclasses.replace(model, exact=True), mapped=stored.mapped_bytes)
 
-    def from_files(self, folder: Path, read: ReadNetwork, store: ModelStore | None) -> ModelEngine:
+    def from_files(self, read: ReadNetwork, store: ModelStore | None) -> ModelEngine:
         """Start with the files of the model, and store what later starts need."""
         plan, target = self.plan, self.plan.target
         self.progress(f"loading {self.name} in {self.precision.name}")
@@ -204,13 +207,13 @@ class _Start:
             self.warn(sentence)
 
         register_attention()
-        network = read(folder, self.precision.network_dtype, target.device, warn)
+        network = read(self.folder, self.precision.network_dtype, target.device, warn)
         with _as_unsupported(network, target):
             layers = observe_layers(network)
         loaded = LoadedModel(network, layers, self._choose_kind(layers), self.precision, plan)
         vocabulary = int(network.get_output_embeddings().weight.shape[0])
         configs = (network.generation_config, network.config.get_text_config())
-        eos_ids = read_eos_ids(folder, configs, vocabulary=vocabulary, warn=warn)
+        eos_ids = read_eos_ids(self.folder, configs, vocabulary=vocabulary, warn=warn)
         model = self._describe(loaded, vocabulary, eos_ids)
         cases = self_check.make_cases(vocabulary, self.checked)
         with self._enough_for_steps():
@@ -261,7 +264,9 @@ class _Start:
             dtype=self.precision.name,
             device=str(self.plan.target.device),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
-            weights_fingerprint=self.weights_fingerprint,
+            weights_fingerprint=weights_fingerprint(
+                self.folder, self.digest, self.precision.name, self.plan.target.kernels
+            ),
             context_length=self.context,
             vocabulary_size=vocabulary,
             eos_ids=eos_ids,
