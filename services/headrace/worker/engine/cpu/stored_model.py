@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 WRITER = "stored-model"  # the name of the thread that writes
 
 _ALIGNMENT = 64
-_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # on Linux: map all pages now, not at the first step
 _LEAST_FREE = 4  # a model is stored only if the disk has this many times its size
 
 
@@ -104,7 +103,10 @@ class ModelStore:
                 if header["key"] != self._key:
                     return None
                 # Workers of the same model share the pages of the file.
-                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | _POPULATE)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Read all, but map only what is used: most rows of the embedding are not.
+            if hasattr(mmap, "MADV_WILLNEED"):
+                mapped.madvise(mmap.MADV_WILLNEED)
             self._part.unlink(missing_ok=True)  # of a process that was killed
             return _unpack(header, np.frombuffer(mapped, np.uint8, header["bytes"], header["begin"]))
         except FileNotFoundError:

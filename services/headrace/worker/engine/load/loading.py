@@ -24,7 +24,13 @@ from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
 from headrace.worker.engine.cpu.stored_model import ModelStore, Remembered, StoredModel, state_of_files
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
-from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, ignore, release_freed_memory
+from headrace.worker.engine.load.assembly import (
+    LoadedModel,
+    ModelEngine,
+    ignore,
+    limit_malloc_arenas,
+    release_freed_memory,
+)
 from headrace.worker.engine.load.devices import Plan, Target, choose_device, set_up
 from headrace.worker.engine.load.free_memory import enough_for_steps
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
@@ -88,6 +94,7 @@ def load_engine(
     message is one line; the traceback of an unexpected error is logged at level DEBUG.
     """
     with as_loading_error(f"cannot load {path}", f"{SEE_MODELS}; --log-level DEBUG logs the traceback"):
+        limit_malloc_arenas()
         target = choose_device(device)
         if target.gpu:
             set_up(target, cache, exact=exact)
@@ -159,7 +166,6 @@ def load_engine(
 class _Start:
     """The start of an engine with settled parameters; see `load_engine`.
 
-    digest    of a .gguf file
     checked   tokens of the longest sequence of the self-check
     """
 
