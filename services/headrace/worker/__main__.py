@@ -160,6 +160,10 @@ def _echo(settings: Settings) -> Runner[SequenceKey]:
 def _torch(settings: Settings, cache: Path) -> Runner[SequenceKey]:
     path = resolve(settings.model, cache)
     with collection_paused():
+        if settings.device == "cpu":
+            from headrace.worker.engine.cpu.kernels.compiling import compile_beside
+
+            compile_beside()  # before torch is imported, which takes seconds
         from headrace.worker.engine.load.loading import load_engine
 
     engine = load_engine(

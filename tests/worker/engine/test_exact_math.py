@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 
 from headrace.worker.engine import fixed_math, noise
 from headrace.worker.engine.cpu.kernels import machine, vector_math
@@ -56,12 +56,12 @@ def _cpu_log_and_weight(b: Any, x: Any, vectors: Any, logs: Any, weights: Any) -
     machine.counted_loop(b, vectors, [], body)
 
 
-@machine.jit  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _gumbel_on_cpu(first: int, second: int, vectors: int, out: int) -> None:
     _cpu_gumbel(first, second, vectors, out)
 
 
-@machine.jit  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _log_and_weight_on_cpu(x: int, vectors: int, logs: int, weights: int) -> None:
     _cpu_log_and_weight(x, vectors, logs, weights)
 

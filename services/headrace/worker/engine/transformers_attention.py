@@ -66,6 +66,16 @@ class LayerAttention:
     masking: Masking
 
 
+def register_attention() -> None:
+    """Make `paged_attention` known to transformers, and suppress its bars of progress."""
+    # It takes seconds to import. Workers whose weights are stored do not need it, see `cpu.stored_model`.
+    from transformers import AttentionInterface
+    from transformers.utils import logging
+
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -74,7 +74,7 @@ class DecoderWeights:
         config, model = network.config, network.model
         self.element_type = element_type
         self.vocabulary_size = int(network.lm_head.weight.shape[0])
-        self._owned: list[torch.Tensor] = []  # owners of the addresses in the records
+        self.owned: list[Any] = []  # owners of the addresses in the records
         self.layers: Record = np.concatenate([self._layer(layer) for layer in model.layers])
         half = element_type is not ElementType.FLOAT32
         embedding = model.embed_tokens.weight.detach().to(
@@ -89,6 +89,20 @@ class DecoderWeights:
         step["final_norm"] = self._vector(model.norm.weight)
         step["head"] = self._matrix([network.lm_head])
         step["cosines"], step["sines"] = self._rotation(model.rotary_emb, positions)
+
+    @classmethod
+    def from_records(
+        cls, element_type: ElementType, *, vocabulary_size: int, step: Record, layers: Record,
+        owned: list[Any],
+    ) -> DecoderWeights:  # fmt: skip
+        """Make weights that were laid out before.
+
+        step, layers   records of another instance, with addresses in *owned*
+        """
+        weights = cls.__new__(cls)
+        weights.element_type, weights.vocabulary_size = element_type, vocabulary_size
+        weights.step, weights.layers, weights.owned = step, layers, owned
+        return weights
 
     def first_layer(self) -> DecoderWeights:
         """Return the model without the layers after the first. The weights are shared."""
@@ -115,7 +129,7 @@ class DecoderWeights:
         weights = [layer.weight.detach() for layer in layers]
         biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
         bias = torch.cat([bias.detach().float() for bias in biases])
-        return lay_out(weights, bias, self.element_type, self._owned)
+        return lay_out(weights, bias, self.element_type, self.owned)
 
     def _rotation(self, rotary: Any, positions: int) -> tuple[int, int]:
         """Return the addresses of the cosines and sines, computed by the code of the network."""
@@ -131,7 +145,7 @@ class DecoderWeights:
         return self._keep(weight.detach().to(torch.float32, copy=True).contiguous())
 
     def _keep(self, tensor: torch.Tensor) -> int:
-        self._owned.append(tensor)
+        self.owned.append(tensor)
         return tensor.data_ptr()
 
 

@@ -27,6 +27,7 @@ from headrace.worker.engine.torch_engine import TorchEngine
 # kernels round differently below: measured bitwise with torch 2.13, the shapes of the two default models, and
 # up to 600 rows.
 _MIN_PLAIN_TOKENS = {torch.float32: 4, torch.bfloat16: 2}
+_M_ARENA_MAX = -8  # glibc's malloc.h
 
 
 def ignore(_: object) -> None:
@@ -145,3 +146,12 @@ def release_freed_memory() -> None:
     gc.collect()  # modules have reference cycles
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def limit_malloc_arenas() -> None:
+    """Let all threads allocate from the same arenas: each of glibc's keeps up to 64 MiB that was freed.
+
+    Call it before threads allocate.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

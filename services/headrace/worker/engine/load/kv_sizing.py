@@ -105,16 +105,18 @@ def measure_blocks(
     sequence_blocks: int,
     max_running: int,
     requested: int | None,
+    mapped: int = 0,
 ) -> int:
     """Measure the peak memory of steps and the available memory, and choose the number of blocks.
 
     block_bytes       bytes of one block in all layers
     sequence_blocks   blocks of one sequence with the whole context
     requested         bytes of KV memory by setting; None for a share of the available memory
+    mapped            bytes of weights in a mapped file, which count as available although they are needed
     """
     peak = peak_bytes(target.device, run_largest_steps)
     blocks = choose_blocks(
-        free=free_bytes(target.device),
+        free=free_bytes(target.device) - mapped,
         # CUDA graphs have their own pool, which takes at most as much as the step with the most rows.
         peak=2 * peak if target.gpu else peak,
         share=_GPU_SHARE if target.gpu else _CPU_SHARE,

@@ -194,3 +194,8 @@ def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     if "rope_type" in parameters:
         return [parameters]
     return [own for own in parameters.values() if isinstance(own, dict) and "rope_type" in own]
+
+
+def architecture_of(config: Any) -> str:
+    """Return the name of the class of transformers that computes a model."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]

@@ -66,3 +66,11 @@ def choose_precision(name: str, architecture: str, config: Any, *, gpu: bool) ->
     if element_type is not None and decoder.unsupported_reason(architecture, config, element_type):
         element_type = None
     return Precision(name, dtype, dtype, element_type)
+
+
+def decoder_precision(element_type: ElementType) -> Precision:
+    """Return the precision of a model that a `Decoder` computes."""
+    name = next(name for name, own in _ELEMENT_TYPES.items() if own is element_type)
+    network = _DTYPES.get(name, torch.float32)
+    memory = torch.float32 if element_type is ElementType.FLOAT32 else torch.bfloat16
+    return Precision(name, network, memory, element_type)

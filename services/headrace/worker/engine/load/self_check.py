@@ -8,7 +8,7 @@ that the reference can be computed before the layers of the network are changed 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,17 +89,46 @@ class Transcript:
     logits: torch.Tensor
 
 
+class Expected(Protocol):
+    """What the engine should compute for one case."""
+
+    def compare(self, logits: torch.Tensor, first: int, how: str) -> None:
+        """Raise UnsupportedModel unless logits of the answer, from its token *first* on, are right."""
+
+
 class Reference:
     """The logits of transformers' own forward pass over a case, for each token of its answer.
 
     network   used when logits are first asked for; some passes use the attention of transformers
+    dtype     in which the engine computes
     """
 
-    def __init__(self, network: Any, case: Case) -> None:
+    def __init__(self, network: Any, case: Case, dtype: str) -> None:
         self.name = type(network).__name__
+        self.agreed: torch.Tensor | None = None  # logits of the engine for the whole answer
+        self._dtype = dtype
         self._network = network
         self._case = case
         self._computed: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def compare(self, logits: torch.Tensor, first: int, how: str) -> None:
+        """See `Expected`."""
+        expected = self.logits("eager")[first:]
+        error, allowed = _distance(logits, expected), TOLERANCE[self._dtype]
+        if not error <= allowed:
+            # Some models do not support sdpa.
+            with contextlib.suppress(ValueError):
+                other = self.logits("sdpa")[first:]
+                error = min(error, _distance(logits, other))
+                allowed = max(allowed, 3 * _distance(other, expected))
+        if not error <= allowed:
+            raise UnsupportedModel(
+                f"{self.name} computed {how} differs from transformers: "
+                f"its logits have a relative error of {error:.2g}; {SEE_MODELS}"
+            )
+        if not first:
+            self.agreed = logits
 
     def compute(self) -> None:
         """Compute all logits now; the network is not used any more."""
@@ -158,22 +187,26 @@ def make_cases(vocabulary: int, context: int) -> list[Case]:
     ]
 
 
-def make_references(network: Any, cases: Sequence[Case], *, now: bool) -> dict[int, Reference]:
-    """Make the references of the cases that `check_model` compares, by index.
-
-    now   compute them before returning
-    """
-    references = {index: Reference(network, cases[index]) for index in (0, 2)}
-    for reference in references.values():
-        if now:
+def make_references(network: Any, cases: Sequence[Case], dtype: str, *, now: bool) -> dict[int, Reference]:
+    """Make the references of the cases that `check_model` compares, by index; *now*: compute them now."""
+    references = {index: Reference(network, cases[index], dtype) for index in (0, 2)}
+    if now:
+        for reference in references.values():
             reference.compute()
     return references
+
+
+def check_alone(engine: CheckedEngine, case: Case, expected: Expected, context: int) -> None:
+    """Compare only what `check_model` computes first: a case alone."""
+    blocks = range(blocks_needed(engine.model.block_tokens, context))
+    alone = _run(engine, [case], blocks, chunk=case.prompt)[0]
+    expected.compare(alone.logits, 0, "alone")
 
 
 def check_model(
     engine: CheckedEngine,
     cases: Sequence[Case],
-    references: dict[int, Reference],
+    references: Mapping[int, Expected],
     *,
     context: int,
     sizes: Sizes | None = None,
@@ -189,14 +222,14 @@ def check_model(
     Returns whether results are bit-identical alone, in a batch and resumed. Raises UnsupportedModel if the
     logits of the engine differ from those of the model.
     """
-    case, dtype, half = cases[0], engine.model.dtype, ANSWER // 2
+    case, half = cases[0], ANSWER // 2
     blocks = range(blocks_needed(engine.model.block_tokens, context))
     with ThreadPoolExecutor(max_workers=1) as thread:
         comparisons: list[Future[None]] = []
 
         def compare(logits: torch.Tensor, index: int, how: str) -> None:
             first = ANSWER - len(logits)
-            comparisons.append(thread.submit(_compare, logits, references[index], first, dtype, how))
+            comparisons.append(thread.submit(references[index].compare, logits, first, how))
             if not concurrent:
                 comparisons[-1].result()
 
@@ -359,24 +392,6 @@ def _is_exact(kind: AttentionKind, layer: LayerAttention, device: torch.device, 
         if not all(torch.equal(whole[last], own) for own in (alone, beside, chunked)):
             return False
     return True
-
-
-@torch.inference_mode()
-def _compare(logits: torch.Tensor, reference: Reference, first: int, dtype: str, how: str) -> None:
-    """Compare logits of the answer, from its token *first* on, with those of the reference."""
-    expected = reference.logits("eager")[first:]
-    error, allowed = _distance(logits, expected), TOLERANCE[dtype]
-    if not error <= allowed:
-        # Some models do not support sdpa.
-        with contextlib.suppress(ValueError):
-            other = reference.logits("sdpa")[first:]
-            error = min(error, _distance(logits, other))
-            allowed = max(allowed, 3 * _distance(other, expected))
-    if not error <= allowed:
-        raise UnsupportedModel(
-            f"{reference.name} computed {how} differs from transformers: "
-            f"its logits have a relative error of {error:.2g}; {SEE_MODELS}"
-        )
 
 
 def _distance(logits: torch.Tensor, reference: torch.Tensor) -> float:

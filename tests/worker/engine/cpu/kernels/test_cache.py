@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.worker.engine.cpu.kernels import cache, compiling, decoder_step, paging, sampling
+from headrace.worker.engine.cpu.kernels.sampling import likelihoods
 
 IMPORT = "import headrace.worker.engine.cpu.kernels.compiling"
 # A kernel that compiles quickly stands for all. numba caches only functions of files.
@@ -56,3 +63,53 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     hits = sorted(printed(process).split()[1] for process in together)
     assert hits == ["0", "1", "1"]
     assert printed(start(tmp_path / "cache", str(program))) == "True 1"
+
+
+def test_a_process_that_finds_a_kernel_being_compiled_continues_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise processes that start together would compile one kernel after the other."""
+    monkeypatch.setattr(cache, "_set_up", lambda: tmp_path)
+    compiled: list[Any] = []
+    monkeypatch.setattr(cache, "_compiled", compiled.append)
+    busy, free = compiling._ENTRY_POINTS[:2]
+    with (tmp_path / f"{busy.__name__}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        cache.compile_if_free(busy)
+        cache.compile_if_free(free)
+
+    assert compiled == [free]
+
+
+def test_processes_that_compile_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", compiling._THIS_MODULE, compiling._BESIDE]
+    with subprocess.Popen(
+        command,
+        env={"HEADRACE_CACHE": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        stdin=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+
+        assert process.wait(timeout=30) == 1
+
+
+def test_a_worker_compiles_itself_what_the_processes_beside_it_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_set_up", lambda: tmp_path)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    compiled: list[Any] = []
+    monkeypatch.setattr(cache, "_compiled", compiled.append)
+    for module in (paging, decoder_step, sampling, likelihoods):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                monkeypatch.setattr(module, value.__name__, value.__wrapped__, raising=False)
+    reported: list[str] = []
+
+    compiling.compile_beside()
+    compiling.compile_kernels(reported.append)
+
+    assert set(compiled) == set(compiling._ENTRY_POINTS)
+    assert len(reported) == 1

@@ -29,17 +29,27 @@ def compile_entry_point(function: Callable[[Any], None]) -> Any:
 
     If several processes need the same function, one compiles it and the others wait.
     """
-    folder = _set_up()
-    compiled = cfunc(types.void(types.voidptr), nopython=True, cache=True)
     if is_compiled(function):
-        return compiled(function)
-    with _locked(folder / f"{function.__name__}.lock"):
-        return compiled(function)
+        return _compiled(function)
+    with _locked(function, wait=True):
+        return _compiled(function)
+
+
+def compile_if_free(function: Callable[[Any], None]) -> None:
+    """Compile a function(voidptr) into the cache, unless another process is compiling it."""
+    with _locked(function, wait=False) as free:
+        if free:
+            _compiled(function)
+
+
+def _compiled(function: Callable[[Any], None]) -> Any:
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(function)
 
 
 def is_compiled(function: Callable[[Any], None]) -> bool:
     """Return whether the cache has the function."""
-    return any(_set_up().rglob(f"*.{function.__name__}-*.nbi"))
+    # The code, and not the index, which numba writes before it.
+    return any(_set_up().rglob(f"*.{function.__name__}-*.nbc"))
 
 
 @functools.cache
@@ -66,16 +76,26 @@ def _folder() -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes. The system releases it when a process ends."""
+def _locked(function: Callable[[Any], None], *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a function between processes, and yield whether it is held.
+
+    wait   whether to wait while another process holds it
+
+    The system releases it when a process ends.
+    """
+    path = _set_up() / f"{function.__name__}.lock"
     try:
         import fcntl
 
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except (ImportError, OSError):  # compiling twice only takes longer
-        yield
+        yield True
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -14,18 +14,15 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
+
+from headrace.worker.engine.cpu.kernels.inlining import jit as jit
 
 LANES = 16
 
 # Whether kernels check the bounds of their reads and writes. It takes time, and is meant for debugging.
 CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
-
-# The decorator of all kernels. Division by zero gives infinity or NaN, as in hardware: a row that is not
-# finite fails alone, while an exception would fail the whole step.
-jit = njit(nogil=True, error_model="numpy")
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # four 8-bit products per lane and instruction
