@@ -32,7 +32,7 @@ GROUP = 64  # int8: inputs that share a scale
 GROUP_WORDS = GROUP // 4  # per output
 _GROUP_BYTES = 64 + 128 * GROUP_WORDS
 
-# The most cache lines of a panel that are prefetched. The CPU's own prefetcher reads the rest of a longer one.
+# The most cache lines of a panel to prefetch. The CPU's own prefetcher reads the rest of a longer one.
 _MOST_LINES = 800
 
 
