@@ -52,7 +52,16 @@ def multiply(
         )
     for panel in range(matrix.count):
         multiply_panel(
-            element_type, add, matrix, panel, rows, packed, scales, out + 128 * panel, 128 * matrix.count
+            element_type,
+            add,
+            matrix,
+            panel,
+            panel + 1,
+            rows,
+            packed,
+            scales,
+            out + 128 * panel,
+            128 * matrix.count,
         )
 
 

@@ -31,23 +31,38 @@ from headrace.worker.engine.cpu.kernels.elementwise import load_float, pointer, 
 from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, to_bfloat16
 from headrace.worker.engine.cpu.kernels.softmax import softmax_full, softmax_half
 
+# How many blocks ahead of the computation memory is prefetched. The prefetcher of the CPU
+# cannot: each block is somewhere else.
+_AHEAD = KEY_TILE // BLOCK
+
 
 def scratch_bytes(head_dim: int, value_dim: int) -> int:
     """Return how many bytes of scratch memory one thread needs."""
-    return MAX_QUERY_ROWS * (head_dim + KEY_TILE + value_dim + 2) * 4
+    return MAX_QUERY_ROWS * (head_dim + KEY_TILE + value_dim + 2) * 4 + 8 * _AHEAD
+
+
+@m.jit
+def _first_key(layer: Any, ragged: Any, tile: int) -> int:
+    """Return the position of the first key that a tile reads."""
+    if layer.window == 0:
+        return 0
+    table = carray(pointer(ragged.tile_table), (ragged.tiles, 3), np.int32)
+    positions = carray(pointer(ragged.positions), (ragged.tokens,), np.int32)
+    return int(max(0, positions[table[tile, 1]] - layer.window + 1) // KEY_TILE * KEY_TILE)
 
 
 @m.jit
 def attend_tile(
-    failures: int, layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, queries: int,
-    query_row: int, out: int, out_row: int, scratch: int,
+    failures: int, layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, next_tile: int,
+    next_kv_head: int, queries: int, query_row: int, out: int, out_row: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Compute attention between the queries of one tile and one KV head.
+    """Compute attention between the queries of one tile and one KV head, and prefetch memory for the next.
 
     failures    address of a `team.FailureState`, as in all functions here
     tile        index into the tile table
     head        the first of *group* heads, which share the KV head; tokens of the tile x *group* are at
                 most MAX_QUERY_ROWS
+    next_tile   the tile that this thread computes next, with next_kv_head
     queries     address of [tokens, heads, head_dim] float32 of the step; query_row bytes per token
     out         the same for [tokens, heads, value_dim as stored]
     scratch     address of `scratch_bytes` bytes that only this thread uses
@@ -81,24 +96,35 @@ def attend_tile(
         store_float(states + 8 * r, np.float32(-1e30))
         store_float(states + 8 * r + 4, np.float32(0.0))
     last = positions[begin + count - 1]
-    first = 0
-    if layer.window > 0:
-        first = max(0, positions[begin] - layer.window + 1) // KEY_TILE * KEY_TILE
+    first, stop = _first_key(layer, ragged, tile), last // BLOCK + 1
+    next_row = ragged.blocks + 4 * ragged.table_width * table[next_tile, 0]
+    next_blocks = carray(pointer(next_row), (ragged.table_width,), np.int32)
+    next_first = _first_key(layer, ragged, next_tile) // BLOCK
+    next_last = positions[table[next_tile, 1] + table[next_tile, 2] - 1] // BLOCK
+    distance = min(_AHEAD, stop - first // BLOCK)
     key_block, value_block, packed = 128 * words, 4 * BLOCK * wide, 4 * BLOCK
     if layer.half:
         value_block, packed = value_block // 2, packed // 2
+    aheads = carray(pointer(states + 8 * MAX_QUERY_ROWS), (_AHEAD,), np.int64)
     for start in range(first, last + 1, KEY_TILE):
         begins = start // BLOCK
-        many = min(KEY_TILE // BLOCK, last // BLOCK + 1 - begins)
+        many = min(KEY_TILE // BLOCK, stop - begins)
         for i in range(many):
             if m.CHECKED:
                 team.require(failures, team.KV_BLOCK, blocks[begins + i], layer.blocks)
             block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
-            keys, values = layer.keys + block * key_block, layer.values + block * value_block
-            if layer.half:
-                score_half(rows, own, keys, words, scores + 4 * BLOCK * i, values)
+            keys = layer.keys + block * key_block
+            coming = begins + i + distance
+            if coming < stop:
+                aheads[i] = np.int64(blocks[coming]) * layer.kv_heads + kv_head
             else:
-                score_full(rows, own, keys, words, scores + 4 * BLOCK * i, values)
+                coming = min(next_first + coming - stop, next_last)
+                aheads[i] = np.int64(next_blocks[coming]) * layer.kv_heads + next_kv_head
+            ahead = layer.keys + aheads[i] * key_block
+            if layer.half:
+                score_half(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
+            else:
+                score_full(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
         for r in range(rows):
             position = positions[begin + r // group]
             end = min(max(position + 1 - start, 0), KEY_TILE)
@@ -116,8 +142,7 @@ def attend_tile(
         for i in range(many):
             block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
             values = layer.values + block * value_block
-            following = np.int64(blocks[min(begins + many + i, last // BLOCK)]) * layer.kv_heads + kv_head
-            ahead = layer.keys + following * key_block
+            ahead = layer.values + aheads[i] * value_block
             visible = min(last + 1 - start - i * BLOCK, BLOCK)
             weights = scores + packed * i
             column = 0
@@ -148,23 +173,29 @@ def attend_unit(
     layer: Any,
     ragged: Any,
     unit: int,
+    following: int,
     queries: int,
     query_row: int,
     out: int,
     out_row: int,
     scratch: int,
 ) -> None:
-    """Compute one of the `work_units` of the step; see `attend_tile`."""
+    """Compute one of the `work_units` of the step, and prefetch for the *following* one, if there is one.
+
+    See `attend_tile`.
+    """
     group = layer.heads // layer.kv_heads
     parts = (group + MAX_QUERY_ROWS - 1) // MAX_QUERY_ROWS
     size = (group + parts - 1) // parts
-    tile, rest = unit // (layer.kv_heads * parts), unit % (layer.kv_heads * parts)
-    kv_head, part = rest // parts, rest % parts
+    per_tile = layer.kv_heads * parts
+    tile, kv_head, part = unit // per_tile, unit % per_tile // parts, unit % parts
+    next_tile, next_kv_head = min(following // per_tile, ragged.tiles - 1), following % per_tile // parts
     head = kv_head * group + part * size
     heads = min(size, group - part * size)
     attend_tile(
-        failures, layer, ragged, tile, kv_head, head, heads, queries, query_row, out, out_row, scratch
-    )
+        failures, layer, ragged, tile, kv_head, head, heads, next_tile, next_kv_head, queries, query_row, out,
+        out_row, scratch,
+    )  # fmt: skip
 
 
 @m.jit

@@ -31,7 +31,7 @@ def _multiply_word(b: Any, half: bool, acc: Any, own: Any, words: Any) -> Any:
 def _prefetch(b: Any, address: Any, index: Any) -> None:
     """Prefetch 128 bytes: one word of 32 keys, or of 32 columns of values."""
     for line in (0, 64):
-        m.prefetch(b, b.add(offset(b, address, index, 128), integer(line)))
+        m.prefetch(b, b.add(offset(b, address, index, 128), integer(line)), level=2)
 
 
 def _scores(rows: int, half: bool) -> Any:

@@ -117,21 +117,22 @@ def _multiply(
 ) -> None:
     """Multiply the activations by a matrix; threads share its panels."""
     counter = step.counters + COUNTER_BYTES * phase
-    while True:
-        panel = team.claim(counter)
-        if panel >= matrix.count:
-            break
+    panel = team.claim(counter)
+    while panel < matrix.count:
+        following = team.claim(counter)
         multiply_panel(
             step.element_type,
             add,
             matrix,
             panel,
+            following,
             rows,
             step.activations,
             step.scales,
             out + 128 * panel,
             out_row,
         )
+        panel = following
     team.barrier(step.failures)
     _count_cycles(step, part)
 
@@ -226,21 +227,22 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     width = own.heads * own.value_dim
     counter = step.counters + COUNTER_BYTES * (phase + 3)
     items = work_units(own, step.ragged)
-    while True:
-        unit = team.claim(counter)
-        if unit >= items:
-            break
+    unit = team.claim(counter)
+    while unit < items:
+        following = team.claim(counter)
         attend_unit(
             step.failures,
             own,
             step.ragged,
             unit,
+            following,
             step.projected,
             projected_row,
             step.attended,
             4 * width,
             scratch,
         )
+        unit = following
     team.barrier(step.failures)
     _count_cycles(step, 4)
     counter = step.counters + COUNTER_BYTES * (phase + 4)

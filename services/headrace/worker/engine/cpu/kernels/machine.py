@@ -108,10 +108,13 @@ def store(builder: Builder, address: Value, value: Value, align: int = 4) -> Non
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def prefetch(builder: Builder, address: Value) -> None:
-    """Prefetch a cache line; an invalid address does no harm."""
+def prefetch(builder: Builder, address: Value, *, level: int = 1, write: bool = False) -> None:
+    """Prefetch a cache line, to be read or written; an invalid address does no harm.
+
+    level   1 for all caches, 2 for all but the first, which holds what is in use
+    """
     pointer = builder.inttoptr(address, I8.as_pointer())
-    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # read, keep, data
+    hints = [ir.Constant(I32, hint) for hint in (int(write), 4 - level, 1)]  # the last one means data
     call(builder, "llvm.prefetch.p0", pointer, *hints, result=ir.VoidType())
 
 
@@ -153,6 +156,15 @@ def narrow(builder: Builder, values: Value) -> Value:
     rounded = builder.lshr(builder.add(builder.add(bits, ints(0x7FFF)), odd), ints(16))
     known = builder.fcmp_ordered("==", values, values)
     return builder.trunc(builder.select(known, rounded, ints(0x7FC0)), SHORTS)
+
+
+def narrow_normal(builder: Builder, values: Value) -> Value:
+    """Convert as `narrow` does, values that are not subnormal: the instruction takes those for 0."""
+    if not HAS_BF16:
+        return narrow(builder, values)
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    halves = call(builder, name, values, result=ir.VectorType(_BFloat(), LANES))
+    return builder.bitcast(halves, SHORTS)
 
 
 def dot_int8(builder: Builder, acc: Value, a: Value, w: Value) -> Value:

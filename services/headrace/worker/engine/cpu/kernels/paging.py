@@ -177,11 +177,13 @@ def _attend(call: Any) -> None:
     team.barrier(call.failures)
     scratch = call.scratch + me * call.scratch_bytes
     query_row, out_row = 4 * layer.heads * layer.head_dim, 4 * layer.heads * layer.value_dim
-    while True:
-        unit = team.claim(call.counter)
-        if unit >= work_units(layer, ragged):
-            break
-        attend_unit(call.failures, layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch)
+    unit = team.claim(call.counter)
+    while unit < work_units(layer, ragged):
+        following = team.claim(call.counter)
+        attend_unit(
+            call.failures, layer, ragged, unit, following, call.queries, query_row, call.out, out_row, scratch
+        )
+        unit = following
 
 
 @functools.cache

@@ -56,7 +56,23 @@ def _softmax(
         m.store(b, place, value)
         return [larger(value, carried[0])]
 
-    (highest,) = m.counted_loop(b, vectors, [m.floats(-1e30)], mask)
+    def compare(i: Any, carried: list[Any]) -> list[Any]:
+        return [larger(m.load(b, offset(b, scores, i, 64), m.FLOATS), carried[0])]
+
+    # Most tiles of a long context are visible as a whole.
+    all_visible = b.and_(
+        b.icmp_signed("<=", first, integer(0)),
+        b.icmp_signed(">=", end, b.mul(vectors, integer(m.LANES))),
+    )
+    found = []
+    with b.if_else(b.and_(all_visible, b.not_(capped))) as branches:
+        for branch, body in zip(branches, (compare, mask), strict=True):
+            with branch:
+                (value,) = m.counted_loop(b, vectors, [m.floats(-1e30)], body)
+                found.append((value, b.block))
+    highest = b.phi(m.FLOATS)
+    for value, block in found:
+        highest.add_incoming(value, block)
     before = m.load(b, state, m.F32)
     maximum = larger(before, m.reduce(b, highest, larger))
     highest = m.splat(b, maximum)
@@ -66,7 +82,7 @@ def _softmax(
         weight = m.exp(b, b.fsub(m.load(b, place, m.FLOATS), highest))
         if half:
             # Weights take half the space of scores: no score is overwritten before it is read.
-            rounded = m.narrow(b, weight)
+            rounded = m.narrow_normal(b, weight)
             m.store(b, offset(b, scores, i, 32), rounded)
             weight = m.widen(b, rounded)
         else:
