@@ -37,7 +37,13 @@ def compile_beside() -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        threading.Thread(target=process.wait, daemon=True).start()
+        threading.Thread(target=_wait, args=(process,), daemon=True).start()
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def compile_kernels(progress: Callable[[str], None]) -> None:
