@@ -1,6 +1,8 @@
-"""Prompt lookup finds the latest earlier occurrence of the last tokens, and continues it."""
+"""Prompt lookup finds an earlier occurrence of the last tokens, and continues it."""
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ IDS = st.lists(st.integers(0, 2), min_size=1, max_size=60)
 
 
 @given(ids=IDS, cuts=st.lists(st.integers(1, 60), max_size=5))
-def test_the_latest_earlier_occurrence_is_found_however_the_ids_arrive(
+def test_the_longest_of_the_latest_matches_is_found_however_the_ids_arrive(
     ids: list[int], cuts: list[int]
 ) -> None:
     lookup = Lookup()
@@ -19,20 +21,18 @@ def test_the_latest_earlier_occurrence_is_found_however_the_ids_arrive(
         lookup.find(ids[:count])
     match = lookup.find(ids)
 
-    places = [
-        place
-        for place in range(LEAST_MATCH, len(ids))
-        if ids[place - LEAST_MATCH : place] == ids[-LEAST_MATCH:]
-    ]
+    def matching(place: int) -> int:
+        """Return how many tokens before a place are those at the end."""
+        pairs = zip(reversed(ids[:place]), reversed(ids), strict=False)
+        return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)), MOST_MATCH)
+
+    places = [place for place in range(LEAST_MATCH, len(ids)) if matching(place) >= LEAST_MATCH]
     if not places:
         assert match is None
         return
-    assert match is not None
-    assert match.place == places[-1]
-    length = LEAST_MATCH
-    while length < min(MOST_MATCH, match.place) and ids[match.place - 1 - length] == ids[-1 - length]:
-        length += 1
-    assert match.length == length
+    latest = places[-4:]
+    longest = max(map(matching, latest))
+    assert match == (max(place for place in latest if matching(place) == longest), longest)
 
 
 @given(ids=IDS, tokens=st.integers(0, 40), data=st.data())
