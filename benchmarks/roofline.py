@@ -86,7 +86,10 @@ _CHAINS = 16  # independent sums: enough to hide the latency of an instruction
 
 def _chains(dot: Callable[..., Any], zero: Any) -> Any:
     def emit(b: Any, rounds: Any) -> Any:
-        ones = machine.ints(0x01010101)
+        # The compiler must not know the factors: it would compute products of constants in advance. As
+        # bfloat16 and float32 these are about 1, so that sums stay normal.
+        number = machine.splat(b, b.trunc(rounds, machine.I32))
+        ones = b.or_(number, machine.ints(0x3F803F80))
 
         def body(_: Any, sums: list[Any]) -> list[Any]:
             return [dot(b, held, ones, ones) for held in sums]
