@@ -5,6 +5,7 @@
 steps      decode steps of 1 to 64 sequences, and of 8 sequences with contexts of 128 to 4096 tokens, compared
            with the roofline of this machine, measured in the same run: the time of the products with the
            weights, or of reading weights, keys and values from memory, whichever is longer
+prefill    a step that computes a prompt of 512 tokens, compared with the time of its products
 profile    the share of time of each part of a step
 stall      TTFT of a prompt of 16 tokens, alone and during the prefill of 4000 other tokens
 prefix     TTFT in conversations that grow, with the prefix cache and without it
@@ -82,6 +83,27 @@ def steps(
             }
         )
     return kept
+
+
+def prefill(engine: Any, shapes: roofline.Shapes, rate: float, tokens: int = 512) -> dict[str, float]:
+    """Measure the median time of a step that computes a prompt, and the time that its products need."""
+    ids = [1 + number % 1000 for number in range(tokens)]
+    step = [row(engine.model, 0, 0, ids, room=tokens)]
+    engine.step(step)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        engine.step(step)
+        times.append(time.perf_counter() - began)
+    outputs, inputs = shapes.layers[-1]  # the head, which computes one row
+    products = tokens * (shapes.weights - outputs * inputs + tokens / 2 * shapes.kv_values * shapes.group)
+    seconds, limit = statistics.median(times), (products + outputs * inputs) / rate
+    return {
+        "tokens": tokens,
+        "step_ms": seconds * 1e3,
+        "products_ms": limit * 1e3,
+        "of_limit": limit / seconds,
+    }
 
 
 def profile(engine: Any, rows: int, context: int = 128, count: int = 8) -> dict[str, float]:
@@ -196,6 +218,7 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
     found: dict[str, Any] = {"model": model, "dtype": dtype, "products_per_s": rate}
     for name, work in (
         ("steps", lambda: steps(engine, dtype, shapes, bandwidth, rate)),
+        ("prefill", lambda: prefill(engine, shapes, rate)),
         ("profile", lambda: {rows: profile(engine, rows) for rows in (1, 8, 32)}),
         ("stall", lambda: stall(engine)),
         ("without_cache", lambda: conversations(engine, prefix_cache=False)),
@@ -230,6 +253,10 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{cell['of_limit']:.0%}",
         )
     console.print(table)
+    prompt = found["prefill"]
+    console.print(
+        f"a prompt of {prompt['tokens']} tokens: {prompt['step_ms']:.0f} ms, {prompt['of_limit']:.0%} of the limit"
+    )
     for rows, parts in found["profile"].items():
         shares = sorted(parts.items(), key=lambda share: -share[1])
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
