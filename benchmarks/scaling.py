@@ -255,7 +255,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     prompt = found["prefill"]
     console.print(
-        f"a prompt of {prompt['tokens']} tokens: {prompt['step_ms']:.0f} ms, {prompt['of_limit']:.0%} of the limit"
+        f"a prompt of {prompt['tokens']} tokens: {prompt['step_ms']:.0f} ms, "
+        f"{prompt['of_limit']:.0%} of the limit"
     )
     for rows, parts in found["profile"].items():
         shares = sorted(parts.items(), key=lambda share: -share[1])
