@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -47,78 +49,97 @@ def test_a_plan_is_parsed() -> None:
 
 
 class HandRunner:
-    """A runner whose reports the test makes."""
+    """A runner whose reports the test makes.
+
+    keys   of the submitted sequences here, in the order in which they were submitted
+    """
 
     step_tokens = 8
     shared_block_tokens = 0
 
     def __init__(self) -> None:
         self.model: ModelInfo = EchoEngine().model
-        self.submitted: list[SequenceSpec[int]] = []
-        self.cancelled: list[int] = []
+        self.keys: list[Any] = []
+        self.cancelled: list[Any] = []
         self.stopped = False
-        self.report: Callable[[StepReport[int]], None] = lambda report: None
+        self._report: Callable[[StepReport[Any]], None] = lambda report: None
 
-    def start(self, report: Callable[[StepReport[int]], None]) -> None:
-        self.report = report
+    def start(self, report: Callable[[StepReport[Any]], None]) -> None:
+        self._report = report
 
-    def submit(self, *specs: SequenceSpec[int]) -> None:
-        self.submitted += specs
+    def submit(self, *specs: SequenceSpec[Any]) -> None:
+        self.keys += [spec.key for spec in specs]
 
-    def cancel(self, *keys: int) -> None:
+    def cancel(self, *keys: Any) -> None:
         self.cancelled += keys
 
     def stop(self) -> None:
         self.stopped = True
 
+    def step(self, *updates: SequenceUpdate[int]) -> None:
+        """Report a step. Its updates have indices of `keys` as keys."""
+        own = [dataclasses.replace(update, key=self.keys[update.key]) for update in updates]
+        self._report(StepReport(own, rows=len(own)))
 
-def faulty(plan: FaultPlan) -> tuple[HandRunner, Runner[int], list[SequenceUpdate[int]]]:
-    """Return a runner, the same with faults, and the updates that arrive."""
+
+def sequence(key: int, ids: Sequence[int] = (5,)) -> SequenceSpec[int]:
+    return SequenceSpec(key, ids, 1, SamplingParams(seed=0, max_tokens=9))
+
+
+def faulty(plan: FaultPlan, *keys: int) -> tuple[HandRunner, Runner[int], list[SequenceUpdate[int]]]:
+    """Return a runner, the same with faults and with sequences of these keys, and the updates that arrive."""
     inner = HandRunner()
     runner: Runner[int] = FaultyRunner(inner, plan)
     updates: list[SequenceUpdate[int]] = []
     runner.start(lambda report: updates.extend(report.updates))
+    runner.submit(*map(sequence, keys))
     return inner, runner, updates
 
 
-def step(*updates: SequenceUpdate[int]) -> StepReport[int]:
-    return StepReport(updates, rows=len(updates))
-
-
 def test_without_a_fault_everything_passes() -> None:
-    inner, runner, updates = faulty(FaultPlan(nan_row=100))
-    spec = SequenceSpec(1, [5], 1, SamplingParams(seed=0, max_tokens=9))
-    runner.submit(spec)
-    runner.cancel(1)
-    inner.report(step(SequenceUpdate(1, 0, [7, 8])))
+    inner, runner, updates = faulty(FaultPlan(nan_row=100), 1, 2)
+    runner.cancel(1, 3)
+    inner.step(SequenceUpdate(0, 0, [7, 8]), SequenceUpdate(1, 0, [9], finish=FinishReason.STOP))
     runner.stop()
 
-    assert (inner.submitted, inner.cancelled, inner.stopped) == ([spec], [1], True)
-    assert [list(update.token_ids) for update in updates] == [[7, 8]]
+    assert (len(inner.keys), inner.cancelled, inner.stopped) == (2, inner.keys[:1], True)
+    assert [(update.key, list(update.token_ids)) for update in updates] == [(1, [7, 8]), (2, [9])]
     assert (runner.model, runner.step_tokens, runner.shared_block_tokens) == (inner.model, 8, 0)
 
 
 def test_a_bad_row_ends_its_sequence_after_the_tokens_before_it() -> None:
-    inner, _, updates = faulty(FaultPlan(nan_row=3))
-    inner.report(step(SequenceUpdate(1, 4, [7, 8, 9, 10]), SequenceUpdate(2, 0, [5])))
-    inner.report(step(SequenceUpdate(1, 8, [11]), SequenceUpdate(1, 9, finish=FinishReason.CANCELLED)))
-    inner.report(step(SequenceUpdate(1, 0, [20])))  # another sequence of the same key
+    inner, _, updates = faulty(FaultPlan(nan_row=3), 1, 2)
+    inner.step(SequenceUpdate(0, 4, [7, 8, 9, 10]), SequenceUpdate(1, 0, [5]))
+    inner.step(SequenceUpdate(0, 8, [11]), SequenceUpdate(0, 9, finish=FinishReason.CANCELLED))
 
-    assert inner.cancelled == [1, 1]
+    assert inner.cancelled == inner.keys[:1]
     assert [(update.key, list(update.token_ids), update.finish) for update in updates] == [
         (1, [7, 8], FinishReason.FAULT),
         (2, [5], None),
-        (1, [], FinishReason.FAULT),
     ]
     assert "on purpose" in updates[0].fault
 
 
-def test_a_failed_step_ends_all_its_sequences() -> None:
-    inner, _, updates = faulty(FaultPlan(raise_step=2))
-    inner.report(step(SequenceUpdate(1, 0, [7])))
-    inner.report(step(SequenceUpdate(1, 1, [8]), SequenceUpdate(2, 0, [5], finish=FinishReason.STOP)))
+def test_a_key_may_be_used_again_before_the_failed_sequence_has_ended_at_the_inner_runner() -> None:
+    inner, runner, updates = faulty(FaultPlan(nan_row=1), 1)
+    inner.step(SequenceUpdate(0, 0, [7]))
+    runner.submit(sequence(1))
+    inner.step(SequenceUpdate(0, 1, [8]), SequenceUpdate(0, 2, finish=FinishReason.CANCELLED))
+    inner.step(SequenceUpdate(1, 0, [], finish=FinishReason.LENGTH))
 
-    assert inner.cancelled == [1], "the other one has ended"
+    assert len(set(inner.keys)) == 2
+    assert [(update.key, update.offset, update.finish) for update in updates] == [
+        (1, 0, FinishReason.FAULT),
+        (1, 0, FinishReason.LENGTH),
+    ]
+
+
+def test_a_failed_step_ends_all_its_sequences() -> None:
+    inner, _, updates = faulty(FaultPlan(raise_step=2), 1, 2)
+    inner.step(SequenceUpdate(0, 0, [7]))
+    inner.step(SequenceUpdate(0, 1, [8]), SequenceUpdate(1, 0, [5], finish=FinishReason.STOP))
+
+    assert inner.cancelled == inner.keys[:1], "the other one has ended"
     assert [(update.key, list(update.token_ids), update.finish) for update in updates] == [
         (1, [7], None),
         (1, [], FinishReason.FAULT),
@@ -154,13 +175,13 @@ async def test_failed_steps_and_bad_rows_are_hidden_by_a_retry() -> None:
 
 _CRASH = """
 import sys
-from tests.worker.test_faults import FaultPlan, SamplingParams, SequenceSpec, SequenceUpdate, faulty, step
+from tests.worker.test_faults import FaultPlan, SequenceUpdate, faulty, sequence
 
-inner, runner, updates = faulty(FaultPlan.parse(sys.argv[1]))
-inner.report(step(SequenceUpdate(1, 0, [7])))
-runner.submit(SequenceSpec(2, [5, 6, 5], 3, SamplingParams(seed=0, max_tokens=9)))
+inner, runner, updates = faulty(FaultPlan.parse(sys.argv[1]), 1)
+inner.step(SequenceUpdate(0, 0, [7]))
+runner.submit(sequence(2, [5, 6, 5]))
 print("computed", len(updates), flush=True)
-inner.report(step(SequenceUpdate(2, 0, [8])))
+inner.step(SequenceUpdate(1, 0, [8]))
 print("survived", flush=True)
 """
 

@@ -72,14 +72,18 @@ class FaultPlan:
 class FaultyRunner(Generic[K]):
     """Computes what *inner* computes, and fails as planned, whichever engine it runs."""
 
-    def __init__(self, inner: Runner[K], plan: FaultPlan) -> None:
+    def __init__(self, inner: Runner[Any], plan: FaultPlan) -> None:
         self._inner = inner
         self._plan = plan
         self._report: Callable[[StepReport[K]], None] = lambda report: None
         self._steps = 0
         self._tokens = 0
         self._poisoned = False  # whether a prompt contains the id to crash on
-        self._failed: set[K] = set()  # sequences that ended by a fault, and not yet at the inner runner
+        # A sequence that ends by a fault ends later at the inner runner, and its key may be used again at
+        # once. So the inner runner gets keys that are never used again.
+        self._submitted = 0
+        self._inner_keys: dict[K, tuple[K, int]] = {}
+        self._failed: set[tuple[K, int]] = set()  # ended by a fault, and not yet at the inner runner
         log.warning("faults are injected", extra={"plan": str(plan)})
 
     @property
@@ -106,17 +110,24 @@ class FaultyRunner(Generic[K]):
         """See `Runner.submit`."""
         crash = self._plan.crash_on_id
         self._poisoned = self._poisoned or bool(crash and any(crash in spec.ids for spec in specs))
-        self._inner.submit(*specs)
+        inner: list[SequenceSpec[Any]] = []
+        for spec in specs:
+            self._submitted += 1
+            own = self._inner_keys[spec.key] = spec.key, self._submitted
+            renamed: SequenceSpec[Any] = spec
+            inner.append(dataclasses.replace(renamed, key=own))
+        self._inner.submit(*inner)
 
     def cancel(self, *keys: K) -> None:
         """See `Runner.cancel`."""
-        self._inner.cancel(*keys)
+        known = map(self._inner_keys.get, keys)
+        self._inner.cancel(*(own for own in known if own is not None))
 
     def stop(self) -> None:
         """See `Runner.stop`."""
         self._inner.stop()
 
-    def _spoil(self, report: StepReport[K]) -> None:
+    def _spoil(self, report: StepReport[Any]) -> None:
         """Pass a report on, with faults. Runs on the thread of the inner runner, which it holds up."""
         plan, fails = self._plan, False
         if report.rows:
@@ -135,10 +146,13 @@ class FaultyRunner(Generic[K]):
                 update = self._fail(update, 0, "this step fails on purpose (--faults)")
             elif update.token_ids:
                 update = self._with_token_faults(update)
-            updates.append(update)
+            key = update.key[0]
+            if update.finish is not None:
+                del self._inner_keys[key]  # before the report, after which the key may be used again
+            updates.append(dataclasses.replace(update, key=key))
         self._report(dataclasses.replace(report, updates=updates))
 
-    def _with_token_faults(self, update: SequenceUpdate[K]) -> SequenceUpdate[K]:
+    def _with_token_faults(self, update: SequenceUpdate[Any]) -> SequenceUpdate[Any]:
         plan, first = self._plan, self._tokens + 1
         self._tokens += len(update.token_ids)
         numbers = range(first, self._tokens + 1)
@@ -154,7 +168,7 @@ class FaultyRunner(Generic[K]):
                 return self._fail(update, index, "the logits are not finite, on purpose (--faults)")
         return update
 
-    def _fail(self, update: SequenceUpdate[K], tokens: int, message: str) -> SequenceUpdate[K]:
+    def _fail(self, update: SequenceUpdate[Any], tokens: int, message: str) -> SequenceUpdate[Any]:
         """End a sequence after the first *tokens* new tokens of its update."""
         if update.finish is None:
             self._failed.add(update.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace import errors
@@ -79,6 +79,10 @@ EARLY = (errors.NoWorkers, errors.Overloaded, errors.InvalidRequest)
 
 
 @given(fields=FIELDS, events=st.lists(EVENT | JSON, max_size=8))
+@example(
+    fields={"sampling": {}, "chat": {}},
+    events=[{"choices": [{"delta": {"content": "stop"}}, {"delta": {}, "index": 1}]}],
+)
 def test_any_events_are_a_valid_answer_or_one_error(fields: dict[str, Any], events: list[object]) -> None:
     reading, deltas = reader(**fields), []
     begun, error = False, None

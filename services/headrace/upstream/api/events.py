@@ -85,6 +85,7 @@ class AnswerReader:
         if the upstream ignores that log-probabilities were requested; InvalidRequest if a filter withheld the
         answer. After an error, the reader is of no more use.
         """
+        before = self.tokens
         try:
             event = object_in(data, "an event")
             self._check_error(event)
@@ -95,10 +96,14 @@ class AnswerReader:
                 for delta in self._read(object_in(choice, "a choice"))
             ]
         except Malformed as problem:
+            self.tokens = before
             lost = self._lost(f"sent {problem}")
             if isinstance(problem, Unusable):
                 lost.fields[UNUSABLE] = "tool_calls"
             raise lost from None
+        except errors.HeadraceError:
+            self.tokens = before  # nothing of the event is delivered
+            raise
         self.begun = self.begun or self.finished or bool(deltas)
         return deltas
 
