@@ -153,11 +153,9 @@ ENGINES: Sequence[System] = tuple(
 )
 # The worker's dtypes; "echo" is the engine without a model, which measures the overhead.
 HEADRACE_DTYPES: Sequence[str] = (*get_args(Settings.model_fields["dtype"].annotation), "echo")
-OURS = tuple(
-    f"headrace-{kind}:{dtype}"
-    for dtype in ("int8", "bfloat16")
-    if dtype in HEADRACE_DTYPES
-    for kind in ("engine", "mesh")
+OURS = (
+    *("headrace-engine:int8", "headrace-mesh:int8", "headrace-mesh-lookup:int8"),
+    *("headrace-engine:bfloat16", "headrace-mesh:bfloat16"),
 )
 
 

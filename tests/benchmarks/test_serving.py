@@ -71,6 +71,10 @@ def test_a_name_selects_one_system_or_several() -> None:
     assert [system.name for system in registry.find("vllm")] == ["vllm:w8a8", "vllm:bf16"]
     assert [system.name for system in registry.find("headrace-mesh:float32")] == ["headrace-mesh:float32"]
     assert len(registry.find("peers")) == len(registry.PEERS)
+    assert [system.name for system in registry.find("headrace-mesh-lookup:int8")] == [
+        "headrace-mesh-lookup:int8"
+    ]
+    assert "headrace-mesh-lookup:int8" in [system.name for system in registry.find("headrace")]
     assert [system.name for system in registry.find("vllm:float32-eager")] == ["vllm:float32-eager"]
     (mesh,) = registry.find("headrace-mesh-vllm:bf16")
     assert mesh.ours, "it is measured in every repetition, however slow"
