@@ -179,13 +179,27 @@ def _check_constants(schema: Schema, place: Place) -> None:
         while unseen:
             value = unseen.pop()
             if isinstance(value, dict):
-                unseen += value.values()
+                unseen += [*value, *value.values()]
+            elif isinstance(value, str):
+                _check_characters(value, f"{place}/{key}")
             elif isinstance(value, list):
                 unseen += value
             elif isinstance(value, int | float) and abs(value) > _EXACT:
                 raise FormProblem(
                     "numbers above 2^53 are not exact in JSON: use smaller ones, or strings", f"{place}/{key}"
                 )
+
+
+def _check_names(schema: Schema, place: Place) -> None:
+    properties = schema.get("properties")
+    for name in properties if isinstance(properties, dict) else ():
+        _check_characters(name, f"{place}/properties")
+
+
+def _check_characters(text: str, place: str) -> None:
+    """Raise FormProblem for characters that llguidance leaves out: those that need an escape in digits."""
+    if any((character < " " and character not in "\b\t\n\f\r") or character == "\x7f" for character in text):
+        raise FormProblem("control characters that JSON writes as \\u00XX cannot be enforced", place)
 
 
 def _check_size_of_object(schema: Schema, place: Place) -> None:
@@ -280,6 +294,7 @@ _PREPARATIONS: tuple[Callable[[Schema, Place], None], ...] = (
     _write_decimal,
     _check_format,
     _check_constants,
+    _check_names,
     _check_size_of_object,
     _check_unique,
     _write_unevaluated,
