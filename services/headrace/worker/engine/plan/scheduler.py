@@ -272,7 +272,7 @@ class Scheduler(Generic[K]):
                 if sequence.table is None:
                     break  # it was the last itself
                 table.grow()
-            draft = drafts.get(sequence, ())
+            draft = drafts.get(sequence, ()) if drafts else ()
             if draft:
                 # Other sequences need the last blocks more.
                 covered = computed + 1 + len(draft)

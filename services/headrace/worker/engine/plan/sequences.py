@@ -87,29 +87,32 @@ def record(sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpda
 
     Returns the update with them. If it has a finish, the caller must end the sequence.
     """
-    spec, ids = sequence.spec, sequence.ids
+    spec, ids, finish = sequence.spec, sequence.ids, None
     if sequence.first_token is None:
         sequence.first_token = now
     sequence.last_token = now
-    offset, finish = len(ids) - spec.prompt, None
-    recorded: list[Token] = []
-    for token in (result, *result.more):
+    offset = len(ids) - spec.prompt
+    tokens: Sequence[Token] = (result, *result.more) if result.more else (result,)
+    for token in tokens:
         if token.id in sequence.ends:
             finish = FinishReason.STOP
             break
         ids.append(token.id)
-        recorded.append(token)
         if len(ids) >= sequence.length:
             finish = FinishReason.LENGTH
             break
-    token_ids = tuple([token.id for token in recorded])
-    update = SequenceUpdate(spec.key, offset, token_ids, (), sequence.cached, finish, prompt=result.prompt)
+    recorded = len(ids) - spec.prompt - offset
+    # By position and without a list for the usual single token: one update is made per token.
+    token_ids = (result.id,) if recorded == 1 else tuple(ids[len(ids) - recorded :])
+    update = SequenceUpdate(spec.key, offset, token_ids, (), sequence.cached, finish)
     if finish is not None:
         update.times = sequence.times
     if spec.params.logprobs:
-        update.logprobs = [token.logprob for token in recorded if token.logprob is not None]
+        update.logprobs = [token.logprob for token in tokens[:recorded] if token.logprob is not None]
     if result.top is not None:
-        update.top = [token.top for token in recorded if token.top is not None]
+        update.top = [token.top for token in tokens[:recorded] if token.top is not None]
+    if result.prompt is not None:
+        update.prompt = result.prompt
     return update
 
 
