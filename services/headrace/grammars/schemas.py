@@ -179,7 +179,7 @@ def _check_constants(schema: Schema, place: Place) -> None:
         while unseen:
             value = unseen.pop()
             if isinstance(value, dict):
-                unseen += [*value, *value.values()]
+                unseen += value.values()
             elif isinstance(value, str):
                 _check_characters(value, f"{place}/{key}")
             elif isinstance(value, list):
@@ -190,14 +190,8 @@ def _check_constants(schema: Schema, place: Place) -> None:
                 )
 
 
-def _check_names(schema: Schema, place: Place) -> None:
-    properties = schema.get("properties")
-    for name in properties if isinstance(properties, dict) else ():
-        _check_characters(name, f"{place}/properties")
-
-
 def _check_characters(text: str, place: str) -> None:
-    """Raise FormProblem for characters that llguidance leaves out: those that need an escape in digits."""
+    """Raise FormProblem for characters that llguidance leaves out of constants, though not of names."""
     if any((character < " " and character not in "\b\t\n\f\r") or character == "\x7f" for character in text):
         raise FormProblem("control characters that JSON writes as \\u00XX cannot be enforced", place)
 
@@ -294,7 +288,6 @@ _PREPARATIONS: tuple[Callable[[Schema, Place], None], ...] = (
     _write_decimal,
     _check_format,
     _check_constants,
-    _check_names,
     _check_size_of_object,
     _check_unique,
     _write_unevaluated,
