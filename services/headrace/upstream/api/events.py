@@ -95,15 +95,14 @@ class AnswerReader:
                 for choice in list_in(event.get("choices"), "choices")
                 for delta in self._read(object_in(choice, "a choice"))
             ]
-        except Malformed as problem:
-            self.tokens = before
+        except (Malformed, errors.HeadraceError) as problem:
+            self.tokens = before  # nothing of the event is delivered
+            if isinstance(problem, errors.HeadraceError):
+                raise
             lost = self._lost(f"sent {problem}")
             if isinstance(problem, Unusable):
                 lost.fields[UNUSABLE] = "tool_calls"
             raise lost from None
-        except errors.HeadraceError:
-            self.tokens = before  # nothing of the event is delivered
-            raise
         self.begun = self.begun or self.finished or bool(deltas)
         return deltas
 

@@ -99,6 +99,16 @@ class Run:
         self.sequences[spec.key] = self.scheduler.add(spec)
         self.answers[spec.key] = list(spec.ids[spec.prompt :])
 
+    def arrive(self, arrivals: Sequence[Arrival]) -> None:
+        """Run steps until all arrivals have been added, and cancelled where they are."""
+        for step in range(31):
+            for key, arrival in enumerate(arrivals):
+                if arrival.at == step:
+                    self.add(sequence(key, arrival))
+                if arrival.cancelled_at == step:
+                    self.scheduler.cancel([key])
+            self.step()
+
     def step(self) -> list[Row]:
         """Run one step of the engine's loop, one second after the last."""
         now, model = float(self.steps), self.engine.model

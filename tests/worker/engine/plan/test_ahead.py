@@ -30,13 +30,7 @@ def answered(key: int, arrival: Arrival) -> tuple[list[int], FinishReason]:
 
 def run_all(run: Run, arrivals: Sequence[Arrival]) -> None:
     """Run all arrivals with their cancellations to the end."""
-    for step in range(31):
-        for key, arrival in enumerate(arrivals):
-            if arrival.at == step:
-                run.add(sequence(key, arrival))
-            if arrival.cancelled_at == step:
-                run.scheduler.cancel([key])
-        run.step()
+    run.arrive(arrivals)
     run.finish(within=2 * sum(arrival.shared + arrival.own + arrival.max_tokens + 2 for arrival in arrivals))
 
 

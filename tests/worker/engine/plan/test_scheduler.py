@@ -53,13 +53,7 @@ def test_random_traffic_is_computed_exactly_and_ends_once(
         kv_blocks=-(-context // block_tokens) + spare_blocks,
     )
     run = Run(engine, step_tokens, prefix_cache)
-    for step in range(31):
-        for key, arrival in enumerate(arrivals):
-            if arrival.at == step:
-                run.add(sequence(key, arrival))
-            if arrival.cancelled_at == step:
-                run.scheduler.cancel([key])
-        run.step()
+    run.arrive(arrivals)
     # The first running sequence in rank advances in every step and is never preempted.
     run.finish(within=sum(arrival.shared + arrival.own + arrival.max_tokens for arrival in arrivals))
 

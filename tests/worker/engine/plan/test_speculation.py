@@ -98,13 +98,7 @@ def test_random_traffic_gets_the_same_answers_with_drafts(
         )
         engine.faulty = faulty
         run = Run(engine, 24, prefix_cache, speculation)
-        for step in range(31):
-            for key, arrival in enumerate(arrivals):
-                if arrival.at == step:
-                    run.add(sequence(key, arrival))
-                if arrival.cancelled_at == step:
-                    run.scheduler.cancel([key])
-            run.step()
+        run.arrive(arrivals)
         run.finish(within=5000)
         runs.append(run)
 

@@ -39,7 +39,7 @@ def sample_rows(sample: Sample, logits: torch.Tensor, rows: Sequence[Row]) -> li
         sampled = sample(chosen, [extended[i][place] for i, place in batch])
         for (i, _), token in zip(batch, sampled, strict=True):
             tokens[i].append(token)
-        due = [i for i in due if len(tokens[i]) < len(extended[i]) and _all_right(rows[i], tokens[i])]
+        due = [i for i in due if _right(rows[i], tokens[i]) == len(tokens[i]) < len(extended[i])]
     return [_joined(row, own) for row, own in zip(rows, tokens, strict=True)]
 
 
@@ -66,10 +66,6 @@ def _depends_on_tokens(params: SamplingParams) -> bool:
         or params.frequency_penalty
         or params.presence_penalty
     )
-
-
-def _all_right(row: Row, tokens: Sequence[Token | Fault]) -> bool:
-    return _right(row, tokens) == len(tokens)
 
 
 def _right(row: Row, tokens: Sequence[Token | Fault]) -> int:

@@ -256,7 +256,7 @@ class Scheduler(Generic[K]):
         running, speculation = self._running, self._speculation
         if speculation is None or self._waiting or len(running) > MOST_ROWS or self._prefilling:
             return {}
-        return dict(zip(running, speculation.drafts([s.candidate for s in running]), strict=True))
+        return dict(zip(running, speculation.drafts([s.candidate() for s in running]), strict=True))
 
     def _add_decodes(self, step: PlannedStep[K], drafts: Mapping[LiveSequence[K], Sequence[int]]) -> None:
         """Add the sequences that decode in this step, each with a block for it; preempts if needed."""
@@ -358,7 +358,7 @@ class Scheduler(Generic[K]):
 
     def _accept(self, sequence: LiveSequence[K], result: Token, recorded: int) -> int:
         """Count the right tokens of a sequence's draft. Returns how many of them its answer contains."""
-        if self._speculation is not None:
+        if self._speculation is not None and sequence.speculative is not None:
             self._speculation.record(sequence.speculative, len(result.more))
         accepted = min(recorded, len(result.more))
         self.accepted += accepted

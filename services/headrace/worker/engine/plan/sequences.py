@@ -32,7 +32,7 @@ class LiveSequence(Generic[K]):
     cached      number of ids that the prefix cache held, computed for another sequence
     preempted   number of times it was preempted
     needs       available blocks that it would use up, when it was last considered; 0 before
-    speculative what speculative decoding keeps of it, once it was considered
+    speculative what speculative decoding keeps of it; None until it is a candidate for a draft
     started, first_token, last_token   see `SequenceTimes`
     """
 
@@ -51,7 +51,7 @@ class LiveSequence(Generic[K]):
     cached: int = 0
     preempted: int = 0
     needs: int = 0
-    speculative: SpeculativeSequence = field(default_factory=SpeculativeSequence)
+    speculative: SpeculativeSequence | None = None
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -71,9 +71,10 @@ class LiveSequence(Generic[K]):
         """Number of its first ids that the prefix cache may supply: for the others, logits are needed."""
         return len(self.ids) if self.unscored >= self.spec.prompt else self.unscored - 1
 
-    @property
     def candidate(self) -> Candidate:
-        """The sequence as a candidate for a draft."""
+        """Return the sequence as a candidate for a draft."""
+        if self.speculative is None:
+            self.speculative = SpeculativeSequence()
         return Candidate(self.speculative, self.ids, self.length - len(self.ids) - 1)
 
     @property
