@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
+from headrace.worker.engine.cpu.kernels.sampling import ROW, SamplingKernel
 from headrace.worker.engine.drawing.choosing import min_p_logs
 from headrace.worker.engine.drawing.editing import Editor
 from headrace.worker.engine.grammar.constraints import Constraints, StepMasks
-from headrace.worker.engine.interface import Fault, Grammars, Row, Token
+from headrace.worker.engine.interface import Fault, Grammars, Row, SamplingParams, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
 from headrace.worker.engine.noise import noise_key
 
@@ -46,6 +46,8 @@ class Sampler:
     def __init__(self, eos_ids: frozenset[int], grammars: Grammars | None = None) -> None:
         self._editor = Editor(eos_ids)
         self._constraints = Constraints(grammars, sorted(eos_ids), threads=torch.get_num_threads())
+        self._parameters = _Parameters()
+        self._kernel: SamplingKernel | None = None
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         """Sample the token at `row.stop` for each row.
@@ -70,20 +72,27 @@ class Sampler:
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         logits = logits.float().contiguous()
+        if self._kernel is None or self._kernel.vocabulary != logits.shape[1]:
+            self._kernel = SamplingKernel(
+                logits.shape[1], candidates=CANDIDATES, threads=torch.get_num_threads()
+            )
+        table = self._parameters.table(rows)
+        starts = np.arange(len(rows)) * (4 * logits.shape[1])
+        table["logits"] = table["scores"] = starts + logits.data_ptr()
         constrained = [index for index, row in enumerate(rows) if row.params.grammar]
         unmasked = [i for i in constrained if _can_do_without(rows[i]) and self._constraints.is_free(rows[i])]
-        masks = self._constraints.compute(rows, sorted({*constrained} - {*unmasked}))
-        scores, faults = self._edit(logits, rows, masks.lifted)
-        table = _table(rows)
-        width = 4 * logits.shape[1]
-        starts = np.arange(len(rows)) * width
-        table["scores"], table["logits"] = starts + scores.data_ptr(), starts + logits.data_ptr()
-        _restrict(table, masks)
-        _sample_table(table, logits.shape[1])
-        faults |= masks.faults
+        masks = self._constraints.compute(rows, sorted({*constrained} - {*unmasked})) if constrained else None
+        scores, faults = self._edit(logits, rows, masks.lifted if masks is not None else ())
+        if scores is not logits:
+            table["scores"] = starts + scores.data_ptr()
+        if masks is not None:
+            _restrict(table, masks)
+        self._kernel(table)
+        if masks is not None:
+            faults |= masks.faults
         if unmasked:
-            faults |= self._sample_again(table, rows, unmasked, logits.shape[1])
-        own = _logprobs(table).tolist() if table["logprobs"].any() else [None] * len(rows)
+            faults |= self._sample_again(self._kernel, table, rows, unmasked)
+        own = _logprobs(table).tolist() if self._parameters.logprobs else [None] * len(rows)
         tokens: list[Token | Fault] = [
             faults[index]
             if index in faults
@@ -100,7 +109,7 @@ class Sampler:
         return tokens
 
     def _sample_again(
-        self, table: npt.NDArray[Any], rows: Sequence[Row], unmasked: Sequence[int], vocabulary: int
+        self, kernel: SamplingKernel, table: npt.NDArray[Any], rows: Sequence[Row], unmasked: Sequence[int]
     ) -> dict[int, Fault]:
         """Sample rows, given by index, again with a mask where it may change the token.
 
@@ -121,7 +130,7 @@ class Sampler:
         masks = self._constraints.compute(rows, refused)
         _restrict(table, masks)
         again = table[refused]
-        _sample_table(again, vocabulary)
+        kernel(again)
         table[refused] = again
         return masks.faults
 
@@ -178,22 +187,44 @@ def _restrict(table: npt.NDArray[Any], masks: StepMasks) -> None:
         table["mask"][index] = masks.bits.ctypes.data + place * masks.bits.strides[0]
 
 
-def _sample_table(table: npt.NDArray[Any], vocabulary: int) -> None:
-    sample_rows(table, vocabulary, candidates=CANDIDATES, threads=torch.get_num_threads())
+class _Parameters:
+    """Makes the tables for a `SamplingKernel`.
+
+    logprobs   whether a row of the last table asks for its log-probability
+    """
+
+    def __init__(self) -> None:
+        self.logprobs = False
+        self._params: list[SamplingParams] = []
+        self._table: npt.NDArray[Any] = np.zeros(0, ROW)
+        self._drawing: list[int] = []  # rows with a temperature
+
+    def table(self, rows: Sequence[Row]) -> npt.NDArray[Any]:
+        """Return the parameters of the rows, without the addresses of logits.
+
+        Most steps have the rows of the step before, so only the keys of their noise are new.
+        """
+        params = [row.params for row in rows]
+        if params != self._params:
+            self._table = _table(params)
+            self._drawing = [index for index, own in enumerate(params) if own.temperature > 0]
+            self.logprobs = any(own.logprobs for own in params)
+            self._params = params
+        table = self._table.copy()
+        if self._drawing:
+            keys = [noise_key(rows[index].params.seed, rows[index].stop) for index in self._drawing]
+            table["key_first"][self._drawing], table["key_second"][self._drawing] = zip(*keys, strict=True)
+        return table
 
 
-def _table(rows: Sequence[Row]) -> npt.NDArray[Any]:
-    """Return the parameters of the rows for `sample_rows`, without the addresses of logits."""
-    table = np.zeros(len(rows), ROW)
-    params = [row.params for row in rows]
+def _table(params: Sequence[SamplingParams]) -> npt.NDArray[Any]:
+    table = np.zeros(len(params), ROW)
     # float() and int() raise TypeError for None, which numpy would store as NaN.
     table["temperature"] = [float(own.temperature) for own in params]
     table["top_k"] = [int(own.top_k) for own in params]
     table["top_p"] = [float(own.top_p) for own in params]
     table["min_p_log"] = min_p_logs([float(own.min_p) for own in params])
     table["logprobs"] = [own.logprobs for own in params]
-    keys = [noise_key(row.params.seed, row.stop) if row.params.temperature > 0 else (0, 0) for row in rows]
-    table["key_first"], table["key_second"] = zip(*keys, strict=True)
     return table
 
 

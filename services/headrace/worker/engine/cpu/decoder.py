@@ -31,6 +31,8 @@ from headrace.worker.engine.flat_step import FlatStep, Longs
 
 Record = npt.NDArray[Any]
 
+_UNSIGNED: dict[int, Any] = {4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+
 # Networks that differ from Llama only in biases, norms of queries and keys, and sizes.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -165,7 +167,7 @@ class Decoder:
         heads, kv_heads, head_dim = int(own["heads"]), int(own["kv_heads"]), int(own["head_dim"])
         self._tile_tokens = tile_tokens(heads, kv_heads)
         step = self._step = weights.step.copy()
-        step["layer_table"] = self._layers.ctypes.data
+        step["layer_table"] = machine.address(self._layers)
         hidden, intermediate, width = int(step["hidden"][0]), int(step["intermediate"][0]), heads * head_dim
         longest = max(hidden, intermediate, width)
         scratch = max(scratch_bytes(head_dim, head_dim), 4 * longest)
@@ -173,7 +175,8 @@ class Decoder:
         self._scratch = _bytes(scratch * threads)
         step["scratch"], step["scratch_bytes"] = self._scratch.data_ptr(), scratch
         self._counters = np.zeros((len(self._layers) * PHASES + 1, COUNTER_BYTES // 8), np.int64)
-        step["counters"] = self._counters.ctypes.data
+        step["counters"] = machine.address(self._counters)
+        self._tokens, self._positions = int(step["vocabulary"][0]), int(step["positions"][0])
         self._threads = threads
         self._failures = team.FailureState(threads)
         self._token_bytes = {
@@ -194,15 +197,15 @@ class Decoder:
 
         Raises IndexError for a token, a position or a block that is out of range, and `team.KernelFault`.
         """
-        _require_in_range("token", flat.ids, int(self._step["vocabulary"][0]))
-        _require_in_range("position", flat.positions, int(self._step["positions"][0]))
+        _require_in_range("token", flat.ids, self._tokens)
+        _require_in_range("position", flat.positions, self._positions)
         _require_in_range("block", flat.tables, self._memory.blocks)
         self._reserve_buffers(flat.tokens)
-        ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)
+        ragged = Ragged(flat, self._tile_tokens)
         step = self._step
-        step["ragged"] = ragged.record(self._tile_tokens)
+        step["ragged"] = ragged.record
         ids = flat.ids.astype(np.int32)
-        step["ids"] = ids.ctypes.data
+        step["ids"] = machine.address(ids)
         if len(flat.last) > len(self._logits):  # reused: the system would first zero new memory
             self._logits = self._room_for_logits(len(flat.last))
         return self._run(flat.last, self._logits[: len(flat.last)])
@@ -223,7 +226,7 @@ class Decoder:
     def _run(self, places: Longs, logits: torch.Tensor) -> torch.Tensor:
         """Run the step, with the logits of the tokens at *places*."""
         step, sampled = self._step, places.astype(np.int32)
-        step["sampled_tokens"], step["sampled"] = sampled.ctypes.data, len(places)
+        step["sampled_tokens"], step["sampled"] = machine.address(sampled), len(places)
         step["logits"] = logits.data_ptr()
         self._counters.fill(0)
         run_step(step, self._threads, self._failures)
@@ -232,7 +235,7 @@ class Decoder:
     def profile(self, flat: FlatStep) -> dict[str, float]:
         """Compute a step and return the share of time of each part; see `decoder_step.PARTS`."""
         cycles = np.zeros(len(PARTS) + 1, np.int64)
-        self._step["cycles"] = cycles.ctypes.data
+        self._step["cycles"] = machine.address(cycles)
         try:
             self(flat)
         finally:
@@ -251,7 +254,8 @@ class Decoder:
 
 def _require_in_range(what: str, numbers: npt.NDArray[Any], limit: int) -> None:
     """Raise IndexError unless all *numbers* are from 0 to *limit* - 1."""
-    if numbers.size and not (numbers.min() >= 0 and numbers.max() < limit):
+    # A negative number is a large one without its sign: one pass instead of two.
+    if numbers.size and np.maximum.reduce(numbers.view(_UNSIGNED[numbers.itemsize]), axis=None) >= limit:
         wrong = numbers.max() if numbers.max() >= limit else numbers.min()
         raise IndexError(f"{what} {wrong} is out of range: must be from 0 to {limit - 1}")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from headrace.worker.engine.cpu.kernels import paging
+from headrace.worker.engine.cpu.kernels.attend import tile_tokens
 from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK
 from headrace.worker.engine.flat_step import FlatStep
 from headrace.worker.engine.transformers_attention import Masking
@@ -19,16 +18,18 @@ class KernelAttention:
     """Implements `StepAttention`; batch-invariant: bit-identical alone, in a batch and in a chunk."""
 
     def __init__(self, memory: paging.KernelMemory, flat: FlatStep) -> None:
-        self._memory = memory
-        rows: list[Any] = [flat.starts, flat.stops - flat.starts, flat.tables]
-        self._ragged = paging.Ragged(*rows)
+        self._memory, self._flat = memory, flat
+        self._ragged: dict[int, paging.Ragged] = {}  # by the tokens of a tile
         self._threads = torch.get_num_threads()
 
     def __call__(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking
     ) -> torch.Tensor:
         """See `StepAttention`."""
-        tokens, heads, value_dim = self._ragged.tokens, query.shape[1], values.shape[2]
+        tokens, heads, value_dim = self._flat.tokens, query.shape[1], values.shape[2]
+        size = tile_tokens(heads, keys.shape[1])
+        if size not in self._ragged:
+            self._ragged[size] = paging.Ragged(self._flat, size)
         record = self._memory.configure_layer(
             layer,
             heads=heads,
@@ -45,7 +46,7 @@ class KernelAttention:
         addresses = [tensor.data_ptr() for tensor in inputs]
         paging.store_and_attend(
             record,
-            self._ragged,
+            self._ragged[size],
             *addresses,
             value_dim=value_dim,
             out=attended.data_ptr(),

@@ -334,4 +334,4 @@ def run_step(step: Any, threads: int, failures: team.FailureState) -> None:
     failures   for as many threads
     """
     step["failures"] = failures.address
-    team.run(step_entry_point(), step.ctypes.data, threads, failures)
+    team.run(step_entry_point(), machine.address(step), threads, failures)

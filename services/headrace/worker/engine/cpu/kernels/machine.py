@@ -8,11 +8,13 @@ sizes in bytes, as int64; nothing is checked.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding
+import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
@@ -79,6 +81,14 @@ def make_intrinsic(
     scope: dict[str, Any] = {"typed": typed}
     exec(f"def made(context, {', '.join(names)}): return typed(context, {', '.join(names)})", scope)
     return numba_intrinsic(scope["made"])
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Return the address of a writable array's first element; 0 if it is empty.
+
+    Takes a seventh of the time of `array.ctypes.data`, unless the array is structured.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if array.size else 0
 
 
 def integer(value: int) -> Value:

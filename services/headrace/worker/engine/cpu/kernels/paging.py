@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import numpy.typing as npt
 from numba import carray
 
 from headrace.worker.engine.cpu.kernels import machine, team
-from headrace.worker.engine.cpu.kernels.attend import attend_unit, scratch_bytes, tile_tokens, work_units
+from headrace.worker.engine.cpu.kernels.attend import attend_unit, scratch_bytes, work_units
 from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, LAYER, RAGGED, store_token
+from headrace.worker.engine.flat_step import FlatStep
 
 Ints = npt.NDArray[np.int32]
 
@@ -86,59 +86,55 @@ class KernelMemory:
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         held = np.frombuffer(memory, np.uint8)
         self._owned.append(held)
-        return int(held.ctypes.data)
+        return machine.address(held)
 
 
 class Ragged:
-    """A ragged batch: the tokens that a step computes, as consecutive rows of different sequences.
+    """A step as the kernels read it: the tokens that it computes, as consecutive rows of sequences.
 
-    starts   position of the first token of each row
-    counts   tokens of each row, at least 1
-    tables   block table of each row, up to the block of its last token
+    tile_tokens   the tokens of a row are divided into tiles of at most so many
+
+    record   the RAGGED record; its addresses are valid while this object is
     """
 
-    def __init__(
-        self,
-        starts: Sequence[int] | Ints,
-        counts: Sequence[int] | Ints,
-        tables: Sequence[Sequence[int]] | Ints,
-    ) -> None:
-        begins = np.asarray(starts, np.int32)
-        self.counts = np.asarray(counts, np.int32)
-        self.tokens = int(self.counts.sum())
-        self.token_rows = np.repeat(np.arange(len(begins), dtype=np.int32), self.counts)
-        self.firsts = np.cumsum(self.counts, dtype=np.int32) - self.counts
-        within = np.arange(self.tokens, dtype=np.int32) - np.repeat(self.firsts, self.counts)
-        self.positions = np.repeat(begins, self.counts) + within
-        needed = (begins + self.counts + (BLOCK - 1)) // BLOCK
-        self.blocks: Ints = np.zeros((len(begins), int(needed.max())), np.int32)
-        for row, (table, length) in enumerate(zip(tables, needed.tolist(), strict=True)):
-            self.blocks[row, :length] = table[:length]
-        self._records: dict[int, tuple[Ints, npt.NDArray[Any]]] = {}  # with their tile tables
+    def __init__(self, flat: FlatStep, tile_tokens: int) -> None:
+        decodes, tables = flat.tokens == flat.rows, flat.tables
+        positions = flat.starts if decodes else flat.positions.astype(np.int32)
+        tiles = _single_tokens(flat) if decodes else _tiles(flat, tile_tokens)
+        self._owned = positions, flat.row_of, tables, tiles
+        self.record = np.array(
+            (
+                flat.tokens,
+                len(tiles),
+                machine.address(tiles),
+                machine.address(positions),
+                machine.address(flat.row_of),
+                machine.address(tables),
+                tables.shape[1],
+            ),
+            RAGGED,
+        )
 
-    def record(self, tile_tokens: int) -> npt.NDArray[Any]:
-        """Return the RAGGED record of the batch, divided into tiles of at most *tile_tokens* tokens."""
-        cached = self._records.get(tile_tokens)
-        if cached is None:
-            tiles = self._tiles(tile_tokens)
-            record = np.zeros(1, RAGGED)
-            record["tokens"], record["tiles"] = self.tokens, len(tiles)
-            record["tile_table"], record["positions"] = tiles.ctypes.data, self.positions.ctypes.data
-            record["token_rows"], record["blocks"] = self.token_rows.ctypes.data, self.blocks.ctypes.data
-            record["table_width"] = self.blocks.shape[1]
-            cached = self._records[tile_tokens] = tiles, record
-        return cached[1]
 
-    def _tiles(self, tile_tokens: int) -> Ints:
-        per_row = (self.counts + (tile_tokens - 1)) // tile_tokens
-        rows = np.repeat(np.arange(len(per_row), dtype=np.int32), per_row)
-        index = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-        begins = index * tile_tokens
-        tiles = np.empty((len(rows), 3), np.int32)
-        tiles[:, 0] = rows
-        tiles[:, 1] = self.firsts[rows] + begins
-        tiles[:, 2] = np.minimum(self.counts[rows] - begins, tile_tokens)
-        return tiles
+def _single_tokens(flat: FlatStep) -> Ints:
+    """Return `_tiles` of a step whose rows have one token each."""
+    tiles = np.ones((flat.rows, 3), np.int32)
+    tiles[:, 0] = tiles[:, 1] = flat.row_of
+    return tiles
+
+
+def _tiles(flat: FlatStep, tile_tokens: int) -> Ints:
+    """Return the tiles [tiles, 3]: row, first token and number of tokens."""
+    counts, firsts = np.diff(flat.offsets), flat.offsets[:-1]
+    per_row = (counts + (tile_tokens - 1)) // tile_tokens
+    rows = np.repeat(np.arange(len(per_row), dtype=np.int32), per_row)
+    index = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+    begins = index * tile_tokens
+    tiles = np.empty((len(rows), 3), np.int32)
+    tiles[:, 0] = rows
+    tiles[:, 1] = firsts[rows] + begins
+    tiles[:, 2] = np.minimum(counts[rows] - begins, tile_tokens)
+    return tiles
 
 
 _CALL = np.dtype(
@@ -209,23 +205,22 @@ def store_and_attend(
     """Store the keys and values of a step in the memory of a layer, and compute its attention.
 
     layer     from `KernelMemory.configure_layer`
+    ragged    with the layer's `tile_tokens`
     queries   address of [tokens, heads, head_dim] float32, contiguous
     keys      address of [tokens, kv_heads, head_dim] float32
     values    address of [tokens, kv_heads, value_dim] float32
     out       address of [tokens, heads, value_dim rounded up to 16] float32; receives the result
     """
-    heads, kv_heads, head_dim, stored = (
-        int(layer[name][0]) for name in ("heads", "kv_heads", "head_dim", "value_dim")
-    )
+    head_dim, stored = int(layer["head_dim"][0]), int(layer["value_dim"][0])
     call = np.zeros(1, _CALL)
     size = -(-scratch_bytes(head_dim, stored) // team.CACHE_LINE) * team.CACHE_LINE
     scratch = np.empty(threads * size, np.uint8)
     counter = np.zeros(1, np.int64)
-    call["layer"], call["ragged"] = layer, ragged.record(tile_tokens(heads, kv_heads))
+    call["layer"], call["ragged"] = layer, ragged.record
     call["queries"], call["keys"], call["values"] = queries, keys, values
     call["value_dim"], call["out"] = value_dim, out
-    call["scratch"], call["scratch_bytes"] = scratch.ctypes.data, size
-    call["counter"] = counter.ctypes.data
+    call["scratch"], call["scratch_bytes"] = machine.address(scratch), size
+    call["counter"] = machine.address(counter)
     failures = team.FailureState(threads)
     call["failures"] = failures.address
-    team.run(attention_entry_point(), call.ctypes.data, threads, failures)
+    team.run(attention_entry_point(), machine.address(call), threads, failures)

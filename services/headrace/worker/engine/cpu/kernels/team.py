@@ -15,6 +15,7 @@ There is also a barrier at the end, so that no failure comes after the last barr
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 from typing import Any
 
@@ -30,9 +31,13 @@ from headrace.worker.engine.cpu.kernels.elementwise import pointer
 def _openmp() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL("libgomp.so.1")  # the library that torch has loaded, if it has loaded one
-        return found if hasattr(found, "GOMP_parallel") else None
     except OSError:
         return None
+    if not hasattr(found, "GOMP_parallel"):
+        return None
+    found.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    found.GOMP_parallel.restype = None
+    return found
 
 
 _LIBRARY = _openmp()
@@ -87,7 +92,7 @@ class FailureState:
 
     def __init__(self, threads: int) -> None:
         self._lines = np.zeros(((2 + threads), CACHE_LINE // 8), np.int64)
-        self.address = int(self._lines.ctypes.data)
+        self.address = machine.address(self._lines)
 
     def reset(self) -> None:
         """Clear the state before the next step."""
@@ -192,16 +197,10 @@ def run(function: Any, data: int, threads: int, failures: FailureState) -> None:
     """
     failures.reset()
     if _LIBRARY is None or threads == 1:
-        _call(function.address)(data)
+        _callable(function.address)(data)
     else:
-        _LIBRARY.GOMP_parallel(
-            ctypes.c_void_p(function.address), ctypes.c_void_p(data), ctypes.c_uint(threads), ctypes.c_uint(0)
-        )
+        _LIBRARY.GOMP_parallel(function.address, data, threads, 0)
     failures.check()
 
 
-_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _call(address: int) -> Any:
-    return _Function(address)
+_callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))

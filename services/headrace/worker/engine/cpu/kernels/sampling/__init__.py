@@ -62,6 +62,7 @@ _CALL = np.dtype(
 )
 
 _CHUNK = 64  # vectors
+_FLAGS = ir.VectorType(ir.IntType(1), m.LANES)
 _INFINITY_BITS = 0x7F800000
 
 
@@ -70,12 +71,18 @@ def vector_maximum(b: Any, x: Any, vectors: Any) -> Any:
     """Return the greatest number of x; NaN if any is NaN."""
 
     def larger(left: Any, right: Any) -> Any:
-        return m.call(b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right)
+        return b.select(b.fcmp_ordered(">", left, right), left, right)
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
-        return [larger(carried[0], m.load(b, offset(b, x, i, 64), m.FLOATS))]
+        highest, unordered = carried
+        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
+        # llvm.maximum would carry NaN as well, in three times as many instructions.
+        return [larger(value, highest), b.or_(unordered, b.fcmp_unordered("uno", value, value))]
 
-    return m.reduce(b, m.counted_loop(b, vectors, [m.floats(float("-inf"))], body)[0], larger)
+    initial = [m.floats(float("-inf")), ir.Constant(_FLAGS, [0] * m.LANES)]
+    highest, unordered = m.counted_loop(b, vectors, initial, body)
+    wrong = b.icmp_unsigned("!=", b.bitcast(unordered, m.I16), ir.Constant(m.I16, 0))
+    return b.select(wrong, ir.Constant(m.F32, float("nan")), m.reduce(b, highest, larger))
 
 
 @m.intrinsic([_i8, _i8, _f4, _f4, _i8])
@@ -385,22 +392,29 @@ def sample_on_thread(data: Any) -> None:
     team.finish(call.failures)
 
 
-def sample_rows(rows: npt.NDArray[Any], vocabulary: int, *, candidates: int, threads: int) -> None:
-    """Sample the rows, and store the results in them.
+class SamplingKernel:
+    """Samples rows. It keeps the memory that it needs: it is for one thread at a time.
 
-    rows         [rows] ROW; the results are stored there
-    candidates   how many of the likeliest tokens filters examine first; changes no result
+    vocabulary   number of tokens
+    candidates   how many of the likeliest ones filters examine first; changes no result
+    threads      most threads that compute
     """
-    threads = min(threads, len(rows))
-    vectors = -(-vocabulary // m.LANES)
-    size = 128 + 6 * 64 * (vectors + 1)
-    scratch = np.empty(threads * size + 64, np.uint8)
-    counter = np.zeros(1, np.int64)
-    call = np.zeros(1, _CALL)
-    call["rows"], call["count"], call["vocabulary"] = rows.ctypes.data, len(rows), vocabulary
-    call["candidates"] = candidates
-    call["scratch"], call["scratch_bytes"] = -(-scratch.ctypes.data // 64) * 64, size
-    call["counter"] = counter.ctypes.data
-    failures = team.FailureState(threads)
-    call["failures"] = failures.address
-    team.run(sampling_entry_point(), call.ctypes.data, threads, failures)
+
+    def __init__(self, vocabulary: int, *, candidates: int, threads: int) -> None:
+        self.vocabulary = vocabulary
+        self._threads = threads
+        self._failures = team.FailureState(threads)
+        size = 128 + 6 * 64 * (-(-vocabulary // m.LANES) + 1)
+        self._scratch = np.empty(threads * size + 64, np.uint8)
+        self._counter = np.zeros(1, np.int64)
+        call = self._call = np.zeros(1, _CALL)
+        call["vocabulary"], call["candidates"] = vocabulary, candidates
+        call["scratch"], call["scratch_bytes"] = -(-m.address(self._scratch) // 64) * 64, size
+        call["counter"], call["failures"] = m.address(self._counter), self._failures.address
+        self._address = m.address(call)
+
+    def __call__(self, rows: npt.NDArray[Any]) -> None:
+        """Sample rows, [rows] ROW, and store the results in them."""
+        self._counter[0] = 0
+        self._call["rows"], self._call["count"] = m.address(rows), len(rows)
+        team.run(sampling_entry_point(), self._address, min(self._threads, len(rows)), self._failures)

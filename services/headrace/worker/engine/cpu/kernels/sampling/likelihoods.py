@@ -138,10 +138,10 @@ def compute_likelihoods(rows: npt.NDArray[Any], vocabulary: int, *, most: int, t
     scratch = np.empty(threads * size + 64, np.uint8)
     counter = np.zeros(1, np.int64)
     call = np.zeros(1, _CALL)
-    call["rows"], call["count"], call["vocabulary"] = rows.ctypes.data, len(rows), vocabulary
+    call["rows"], call["count"], call["vocabulary"] = m.address(rows), len(rows), vocabulary
     call["most"] = most
-    call["scratch"], call["scratch_bytes"] = -(-scratch.ctypes.data // 64) * 64, size
-    call["counter"] = counter.ctypes.data
+    call["scratch"], call["scratch_bytes"] = -(-m.address(scratch) // 64) * 64, size
+    call["counter"] = m.address(counter)
     failures = team.FailureState(threads)
     call["failures"] = failures.address
-    team.run(likelihood_entry_point(), call.ctypes.data, threads, failures)
+    team.run(likelihood_entry_point(), m.address(call), threads, failures)
