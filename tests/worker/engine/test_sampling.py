@@ -131,7 +131,7 @@ def token_by_definition(logits: torch.Tensor, row: Row) -> int:
     top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.9999, 1.0]),
     min_p=st.sampled_from([0.0, 1e-40, 0.1, 1.0]),
     temperature=st.sampled_from([1e-3, 0.8, 3.0]),
-    spread=st.sampled_from([0.0, 0.3, 3.0]),
+    spread=st.sampled_from([0.0, 0.3, 3.0, 12.0]),
     vocabulary=st.sampled_from([1, 15, 16, 17, 300, 1500]),
 )
 @settings(max_examples=200)
@@ -149,6 +149,27 @@ def test_tokens_follow_from_the_definition_in_every_bit(
         assert ids_of(draw(logits, rows)) == [
             token_by_definition(own, row) for own, row in zip(logits, rows, strict=True)
         ]
+
+
+@given(
+    steps=st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, len(FILTERS) - 1)), min_size=1, max_size=4),
+        min_size=2,
+        max_size=6,
+    )
+)
+@settings(max_examples=60)
+def test_rows_sampled_before_change_no_token(steps: list[list[tuple[int, int]]]) -> None:
+    """A sampler keeps the parameters of the last step's rows."""
+    sampler = sampling.Sampler(frozenset({EOS}))
+    known = {(seed, kind): row_of(seed=seed, **FILTERS[kind]) for step in steps for seed, kind in step}
+    for index, step in enumerate(steps):
+        logits = random_logits(len(step), 300, seed=index)
+        rows = [known[own] for own in step]
+        if index % 2:  # equal parameters that are other objects
+            rows = [row_of(seed=seed, **FILTERS[kind]) for seed, kind in step]
+
+        assert ids_of(sampler.sample(logits, rows)) == ids_of(draw(logits, rows))
 
 
 def test_the_number_of_threads_changes_no_token() -> None:

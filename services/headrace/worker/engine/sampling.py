@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.cpu.kernels.sampling import ROW, SamplingKernel
+from headrace.worker.engine.cpu.kernels.sampling import ROW, WORK_OF_A_DRAW, SamplingKernel
 from headrace.worker.engine.drawing.choosing import min_p_logs
 from headrace.worker.engine.drawing.editing import Editor
 from headrace.worker.engine.grammar.constraints import Constraints, StepMasks
@@ -87,7 +87,7 @@ class Sampler:
             table["scores"] = starts + scores.data_ptr()
         if masks is not None:
             _restrict(table, masks)
-        self._kernel(table)
+        self._kernel(table, self._parameters.work)
         if masks is not None:
             faults |= masks.faults
         if unmasked:
@@ -130,7 +130,7 @@ class Sampler:
         masks = self._constraints.compute(rows, refused)
         _restrict(table, masks)
         again = table[refused]
-        kernel(again)
+        kernel(again, len(again) * WORK_OF_A_DRAW)
         table[refused] = again
         return masks.faults
 
@@ -191,10 +191,12 @@ class _Parameters:
     """Makes the tables for a `SamplingKernel`.
 
     logprobs   whether a row of the last table asks for its log-probability
+    work       how long the last table takes, see `SamplingKernel`
     """
 
     def __init__(self) -> None:
         self.logprobs = False
+        self.work = 0
         self._params: list[SamplingParams] = []
         self._table: npt.NDArray[Any] = np.zeros(0, ROW)
         self._drawing: list[int] = []  # rows with a temperature
@@ -208,7 +210,9 @@ class _Parameters:
         if params != self._params:
             self._table = _table(params)
             self._drawing = [index for index, own in enumerate(params) if own.temperature > 0]
-            self.logprobs = any(own.logprobs for own in params)
+            asking = sum(own.logprobs for own in params)
+            self.logprobs = asking > 0
+            self.work = len(params) + (asking + len(self._drawing)) * WORK_OF_A_DRAW
             self._params = params
         table = self._table.copy()
         if self._drawing:

@@ -1,14 +1,13 @@
 """Sample the next token of rows of logits: maximum, filters, noise and argmax, one thread per row.
 
 `worker.engine.sampling` describes the result; it also applies penalties and biases before. Filters leave the
-tokens whose score is at least a least score: it is found by bisection over the bits of float32, first over
-all tokens for the few likeliest ones, then over those, and over all tokens again if they do not suffice.
+tokens whose score is at least a least score: it is looked for among the few likeliest tokens first, and among
+all tokens if those do not suffice. Noise is computed only for tokens that it can make the greatest.
 """
 
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,13 @@ from headrace.worker.engine.cpu.kernels import team, vector_math
 from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.elementwise import pointer
 from headrace.worker.engine.cpu.kernels.machine import integer, offset
+from headrace.worker.engine.cpu.kernels.sampling.filtering import (
+    collect,
+    few_likeliest,
+    least_of,
+    mass_of,
+    weigh,
+)
 from headrace.worker.engine.cpu.kernels.sampling.masking import mask
 
 _i8, _f4 = types.int64, types.float32
@@ -61,9 +67,11 @@ _CALL = np.dtype(
     ]
 )
 
+WORK_OF_A_THREAD = 24  # likeliest tokens of rows, 3 us each: a thread is awake after 50 us
+WORK_OF_A_DRAW = 24  # a draw with noise takes as long as 5 to 80 likeliest tokens
 _CHUNK = 64  # vectors
+_MOST_NOISE = 16.75  # a little more than `noise.gumbel` can be
 _FLAGS = ir.VectorType(ir.IntType(1), m.LANES)
-_INFINITY_BITS = 0x7F800000
 
 
 @m.intrinsic([_i8, _i8], _f4)
@@ -90,87 +98,28 @@ def _scale(b: Any, x: Any, vectors: Any, largest: Any, temperature: Any, out: An
     """Store (x - largest) / temperature in out."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
-        m.store(b, offset(b, out, i, 64), _scaled(b, x, i, largest, temperature))
-        return []
-
-    m.counted_loop(b, vectors, [], body)
-
-
-def _scaled(b: Any, x: Any, i: Any, largest: Any, temperature: Any) -> Any:
-    value = b.fsub(m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, largest))
-    return b.fdiv(value, m.splat(b, temperature))
-
-
-@m.intrinsic([_i8, _i8, _f4], _i8)
-def mass_of(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
-    """Return the sum of the weights of x - largest."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
         value = b.fsub(m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, largest))
-        return [b.add(carried[0], vector_math.weight(b, value))]
-
-    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
-
-
-@m.intrinsic([_i8, _i8, _i8])
-def _weigh(b: Any, x: Any, vectors: Any, out: Any) -> None:
-    """Store the weights of x in out."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        m.store(b, offset(b, out, i, 128), vector_math.weight(b, m.load(b, offset(b, x, i, 64), m.FLOATS)), 8)
+        m.store(b, offset(b, out, i, 64), b.fdiv(value, m.splat(b, temperature)))
         return []
 
     m.counted_loop(b, vectors, [], body)
 
 
-def _no_weights() -> Any:
-    return ir.Constant(vector_math.WEIGHTS, [0] * m.LANES)
-
-
-@m.intrinsic([_i8, _i8, _f4], _i8)
-def _count_from(b: Any, x: Any, vectors: Any, least: Any) -> Any:
-    """Return how many numbers of x are at least *least*."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        within = b.fcmp_ordered(">=", m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, least))
-        return [b.sub(carried[0], b.sext(within, m.INTS))]
-
-    return b.sext(m.reduce(b, m.counted_loop(b, vectors, [m.ints(0)], body)[0], b.add), m.I64)
-
-
-@m.intrinsic([_i8, _i8, _i8, _f4], _i8)
-def _mass_from(b: Any, x: Any, weights: Any, vectors: Any, least: Any) -> Any:
-    """Return the sum of the weights of the numbers of x that are at least *least*."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        within = b.fcmp_ordered(">=", m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, least))
-        weight = m.load(b, offset(b, weights, i, 128), vector_math.WEIGHTS, 8)
-        return [b.add(carried[0], b.select(within, weight, _no_weights()))]
-
-    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
-
-
+@m.intrinsic([_i8, _i8, _i8, _f4, _i8, _i8, _i8])
 def _draw(
-    listed: bool, b: Any, x: Any, ids: Any, vectors: Any, largest: Any, temperature: Any, least: Any,
-    key_first: Any, key_second: Any, best: Any,
-) -> None:  # fmt: skip
+    b: Any, x: Any, ids: Any, vectors: Any, least: Any, key_first: Any, key_second: Any, best: Any
+) -> None:
     """Find the token with the greatest score plus noise among those with a score of at least *least*.
 
-    listed   if true, x has scores of the tokens *ids*; else logits of all tokens, and scores are
-             (x - largest) / temperature
+    x, ids   scores and their tokens
     best     address of [16] float32 and then [16] int32: receives the best of each lane, and its token
     """
-    firsts, seconds = (m.splat(b, b.trunc(key, m.I32)) for key in (key_first, key_second))
-    lanes = ir.Constant(m.INTS, list(range(m.LANES)))
+    firsts, seconds = _keys(b, key_first, key_second)
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         highest, places = carried
-        if listed:
-            score = m.load(b, offset(b, x, i, 64), m.FLOATS)
-            place = m.load(b, offset(b, ids, i, 64), m.INTS)
-        else:
-            score = _scaled(b, x, i, largest, temperature)
-            place = b.add(lanes, m.splat(b, b.trunc(b.mul(i, integer(m.LANES)), m.I32)))
+        score = m.load(b, offset(b, x, i, 64), m.FLOATS)
+        place = m.load(b, offset(b, ids, i, 64), m.INTS)
         noisy = b.fadd(score, vector_math.gumbel(b, place, firsts, seconds))
         kept = b.fcmp_ordered(">=", score, m.splat(b, least))
         better = b.and_(kept, b.fcmp_ordered(">", noisy, highest))
@@ -182,96 +131,15 @@ def _draw(
     m.store(b, b.add(best, integer(64)), places)
 
 
-_DRAW = [_i8, _i8, _i8, _f4, _f4, _f4, _i8, _i8, _i8]
-_draw_all = m.make_intrinsic(_DRAW, partial(_draw, False))
-_draw_listed = m.make_intrinsic(_DRAW, partial(_draw, True))
+@m.intrinsic([_i8, _i8, _i8], _f4)
+def _noise_of(b: Any, token: Any, key_first: Any, key_second: Any) -> Any:
+    """Return the noise of one token."""
+    lanes = vector_math.gumbel(b, m.splat(b, b.trunc(token, m.I32)), *_keys(b, key_first, key_second))
+    return b.extract_element(lanes, ir.Constant(m.I32, 0))
 
 
-@m.intrinsic([_i8], _f4)
-def _score_of(b: Any, bits: Any) -> Any:
-    """Return the score, 0 or negative, whose absolute value has these bits."""
-    negative = b.or_(b.trunc(bits, m.I32), ir.Constant(m.I32, -(1 << 31)))
-    return b.bitcast(negative, m.F32)
-
-
-@m.jit
-def _kth(x: int, vectors: int, k: int) -> Any:
-    """Return the k-th greatest of the scores x, which are at least k."""
-    low = 0
-    for bit in range(30, -1, -1):
-        if _count_from(x, vectors, _score_of(min(low + (1 << bit) - 1, _INFINITY_BITS))) < k:
-            low += 1 << bit
-    return _score_of(low)
-
-
-@m.jit
-def _least_of_mass(x: int, weights: int, vectors: int, target: float) -> Any:
-    """Return the greatest score such that the scores which reach it have the mass *target*; all have it."""
-    low = 0
-    for bit in range(30, -1, -1):
-        least = _score_of(min(low + (1 << bit) - 1, _INFINITY_BITS))
-        if float(_mass_from(x, weights, vectors, least)) < target:
-            low += 1 << bit
-    return _score_of(low)
-
-
-@m.jit
-def _least(x: int, weights: int, count: int, top_k: int, top_p: float, total: int) -> Any:
-    """Return the least score that top-k and top-p keep; NaN if the *count* scores x do not suffice to know.
-
-    x         scores, followed by -inf up to a multiple of 16
-    weights   of x
-    total     mass of all scores, if top_k is 0
-    """
-    vectors = (count + m.LANES - 1) // m.LANES
-    least = np.float32(-np.inf)
-    if top_k > 0:
-        if count < top_k:
-            return np.float32(np.nan)
-        least = _kth(x, vectors, top_k)
-        total = _mass_from(x, weights, vectors, least)
-    if top_p < 1:
-        target = top_p * float(total)
-        if float(_mass_from(x, weights, vectors, np.float32(-np.inf))) < target:
-            return np.float32(np.nan)
-        least = max(least, _least_of_mass(x, weights, vectors, target))
-    return least
-
-
-@m.jit
-def _few_likeliest(x: int, vectors: int, most: int) -> Any:
-    """Return a score which about, and at most, *most* scores of x reach; NaN if there is none."""
-    low = 0
-    for bit in range(30, -1, -1):
-        if low + (1 << bit) > _INFINITY_BITS:
-            continue
-        count = _count_from(x, vectors, _score_of(low + (1 << bit)))
-        if count <= most:
-            low += 1 << bit
-            if 2 * count >= most:
-                break
-    least = _score_of(low)
-    return least if _count_from(x, vectors, least) <= most else np.float32(np.nan)
-
-
-@m.jit
-def _collect(x: int, vectors: int, least: float, found: int, ids: int) -> int:
-    """Copy the scores of at least *least*, and their tokens; return how many. Pads with -inf and token 0."""
-    scores = carray(pointer(x), (vectors * m.LANES,), np.float32)
-    room = scores.size + m.LANES
-    out = carray(pointer(found), (room,), np.float32)
-    tokens = carray(pointer(ids), (room,), np.int32)
-    count = 0
-    for vector in range(vectors):
-        if vector_maximum(x + 64 * vector, 1) >= least:
-            for place in range(vector * m.LANES, (vector + 1) * m.LANES):
-                if scores[place] >= least:
-                    out[count] = scores[place]
-                    tokens[count] = place
-                    count += 1
-    for place in range(count, (count + m.LANES - 1) // m.LANES * m.LANES):
-        out[place], tokens[place] = np.float32(-np.inf), 0
-    return count
+def _keys(b: Any, key_first: Any, key_second: Any) -> list[Any]:
+    return [m.splat(b, b.trunc(key, m.I32)) for key in (key_first, key_second)]
 
 
 @m.jit
@@ -322,29 +190,32 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     if row.temperature > 0:
         top_k = row.top_k if 0 < row.top_k < vocabulary else 0
         zero = np.float32(0)
+        least = np.float32(-np.inf)
         if top_k == 0 and row.top_p >= 1:
-            _draw_all(
-                scores, 0, vectors, largest, row.temperature, row.min_p_log,
-                row.key_first, row.key_second, best,
-            )  # fmt: skip
+            # With the most noise, a token below the bar does not reach the likeliest one with its own.
+            own = _noise_of(row.likeliest, row.key_first, row.key_second)
+            reach = max(own - _MOST_NOISE, row.min_p_log - np.float32(0.01))
+            bar = np.float64(largest) + np.float64(row.temperature) * reach
+            count = collect(scores, vectors, np.float32(bar - 1e-6 * abs(bar)), found, ids)
+            _scale(found, (count + m.LANES - 1) // m.LANES, largest, row.temperature, found)
         else:
             _scale(scores, vectors, largest, row.temperature, scaled)
             total = 0 if top_k > 0 else mass_of(scaled, vectors, zero)
             least = np.float32(np.nan)
             count = 0
-            few = _few_likeliest(scaled, vectors, call.candidates)
+            few = few_likeliest(scaled, vectors, call.candidates)
             if not np.isnan(few):
-                count = _collect(scaled, vectors, few, found, ids)
-                _weigh(found, (count + m.LANES - 1) // m.LANES, weights)
-                least = _least(found, weights, count, top_k, np.float64(row.top_p), total)
+                count = collect(scaled, vectors, few, found, ids)
+                weigh(found, (count + m.LANES - 1) // m.LANES, weights)
+                least = least_of(found, weights, count, top_k, np.float64(row.top_p), total)
             if np.isnan(least):
-                _weigh(scaled, vectors, weights)
-                least = _least(scaled, weights, vocabulary, top_k, np.float64(row.top_p), total)
-                count = _collect(scaled, vectors, max(least, row.min_p_log), found, ids)
-            _draw_listed(
-                found, ids, (count + m.LANES - 1) // m.LANES, zero, zero, max(least, row.min_p_log),
-                row.key_first, row.key_second, best,
-            )  # fmt: skip
+                weigh(scaled, vectors, weights)
+                least = least_of(scaled, weights, vocabulary, top_k, np.float64(row.top_p), total)
+                count = collect(scaled, vectors, max(least, row.min_p_log), found, ids)
+        _draw(
+            found, ids, (count + m.LANES - 1) // m.LANES, max(least, row.min_p_log),
+            row.key_first, row.key_second, best,
+        )  # fmt: skip
         row.id = _best_of(best)
     if row.logprobs:
         logits = padded(row.logits, vocabulary, copy)
@@ -413,8 +284,13 @@ class SamplingKernel:
         call["counter"], call["failures"] = m.address(self._counter), self._failures.address
         self._address = m.address(call)
 
-    def __call__(self, rows: npt.NDArray[Any]) -> None:
-        """Sample rows, [rows] ROW, and store the results in them."""
+    def __call__(self, rows: npt.NDArray[Any], work: int) -> None:
+        """Sample rows, [rows] ROW, and store the results in them.
+
+        work   how long it takes, in likeliest tokens of a row. Another thread is used only if it is worth
+               the time that it takes to wake it
+        """
         self._counter[0] = 0
         self._call["rows"], self._call["count"] = m.address(rows), len(rows)
-        team.run(sampling_entry_point(), self._address, min(self._threads, len(rows)), self._failures)
+        threads = max(min(self._threads, len(rows), work // WORK_OF_A_THREAD), 1)
+        team.run(sampling_entry_point(), self._address, threads, self._failures)

@@ -16,7 +16,8 @@ from headrace.worker.engine.cpu.kernels import machine as m
 from headrace.worker.engine.cpu.kernels import team
 from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.elementwise import pointer
-from headrace.worker.engine.cpu.kernels.sampling import likeliest_of, mass_of, padded, vector_maximum
+from headrace.worker.engine.cpu.kernels.sampling import likeliest_of, padded, vector_maximum
+from headrace.worker.engine.cpu.kernels.sampling.filtering import mass_of
 
 LIKELIHOOD = np.dtype(
     [
