@@ -1,11 +1,12 @@
 """Measure what speculative decoding gains: `python -m benchmarks.speculation [--model NAME ...]`.
 
 One client asks for answers of exact lengths, each with and without drafts, in turns on the same engine.
-The answers must be equal. Kinds of prompts:
+The answers must be equal; those with a schema may end earlier. Kinds of prompts:
 
 summary     summarise a topic of Python's manual, with quotations
 code        edit a function of Python's library
 json        write records as JSON, after an example
+schema      the same with a JSON schema, whose grammar forces many tokens
 chat        the prompts of the serving workload
 story       invent a story: at temperature 1 little repeats, so there is little to gain
 """
@@ -30,6 +31,7 @@ from rich.table import Table
 from benchmarks.serving import workload
 from benchmarks.serving.hosts.headrace_engine import load
 from headrace import models
+from headrace.grammars.forms import json_schema_grammar
 from headrace.models.tokenizers.files import read_tokenizer
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
@@ -41,10 +43,37 @@ CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Delhi", "Quito", "Rome", "Seoul")
 
 STORIES = ("a lighthouse", "two clockmakers", "a lost letter", "the first winter on Mars", "a talking river")
 
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "kind": {"enum": ["city", "town", "village"]},
+        "country": {"type": "string"},
+        "coordinates": {
+            "type": "object",
+            "properties": {"latitude": {"type": "number"}, "longitude": {"type": "number"}},
+            "required": ["latitude", "longitude"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["name", "kind", "country", "coordinates"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "schema": json_schema_grammar(
+        json.dumps({"type": "array", "items": RECORD, "minItems": len(CITIES)})
+    ).text
+}
+
 
 def prompts() -> dict[str, list[str]]:
     """Return the prompts of each kind, without chat template."""
     record = '{"name": "%s", "kind": "city", "country": null, "coordinates": {"latitude": 0, "longitude": 0}}'
+    records = [
+        f"Write a JSON array with a record for each of these cities: "
+        f"{', '.join(CITIES[i:] + CITIES[:i])}.\nEach record looks like this one:\n{record % CITIES[i]}"
+        for i in range(5)
+    ]
     return {
         "summary": [
             f"Summarise the text, and quote its most important sentences.\n\n{topics[name][:1500]}"
@@ -55,11 +84,8 @@ def prompts() -> dict[str, list[str]]:
             f"{inspect.getsource(getattr(textwrap, name))}```"
             for name in FUNCTIONS
         ],
-        "json": [
-            f"Write a JSON array with a record for each of these cities: "
-            f"{', '.join(CITIES[i:] + CITIES[:i])}.\nEach record looks like this one:\n{record % CITIES[i]}"
-            for i in range(5)
-        ],
+        "json": records,
+        "schema": records,
         "story": [f"Invent a story about {about}." for about in STORIES],
     }
 
@@ -114,7 +140,7 @@ class Client:
 
 
 def measure(
-    model: str, dtype: str, repetitions: int, progress: Callable[[str], None]
+    model: str, dtype: str, repetitions: int, kinds: Sequence[str] | None, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Measure one model; returns a row of figures per kind and temperature."""
     engine = load(model, dtype, 2, progress)
@@ -132,13 +158,17 @@ def measure(
     plain, speculative = (Client(engine, speculation=on) for on in (False, True))
     rows: list[Figures] = []
     for kind, texts in asked.items():
+        if kinds and kind not in kinds:
+            continue
         for temperature in (0.0, 1.0):
             pairs: list[tuple[Answer, Answer]] = []
             for repetition in range(repetitions):
                 for ids in texts:
+                    grammar = GRAMMARS.get(kind, "")
                     params = SamplingParams(
-                        seed=repetition, max_tokens=TOKENS, temperature=temperature, ignore_eos=True
-                    )
+                        seed=repetition, max_tokens=TOKENS, temperature=temperature, ignore_eos=not grammar,
+                        grammar=grammar,
+                    )  # fmt: skip
                     clients = (plain, speculative) if len(pairs) % 2 else (speculative, plain)
                     answers = {client: client.ask(ids, params) for client in clients}
                     pairs.append((answers[plain], answers[speculative]))
@@ -170,10 +200,11 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[models.SMALL, models.LARGE])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="default: all")
     arguments = parser.parse_args()
     console = Console()
     for model in arguments.model:
-        rows = measure(model, arguments.dtype, arguments.reps, console.print)
+        rows = measure(model, arguments.dtype, arguments.reps, arguments.kinds, console.print)
         table = Table(title=f"{model}: one client, tokens/s after the first token")
         for name in ("kind", "temperature", "plain", "speculative", "gain", "drafted", "accepted", "equal"):
             table.add_column(name, justify="right")

@@ -50,6 +50,13 @@ class Matcher:
         """Whether the next bytes are known, or the end: a mask has one token, or those of one text."""
         return bool(self.inner.is_stopped() or self.inner.compute_ff_bytes())
 
+    def forced_ids(self) -> list[int]:
+        """Return the ids that probably come next because their text must; often none.
+
+        The grammar may allow the same text in other tokens. Takes some 2 us.
+        """
+        return [] if self.inner.is_stopped() else list(self.inner.compute_ff_tokens())
+
     def allows(self, id: int) -> bool:
         """Return whether an id may come next, as its bit in the mask says unless the matcher is `forced`.
 

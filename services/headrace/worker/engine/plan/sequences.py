@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
+from headrace.grammars.compiling import GrammarProblem
+from headrace.grammars.matching import Matcher
 from headrace.worker.engine.interface import UNSCORED, Memo, Row, Token
 from headrace.worker.engine.plan.blocks import BlockTable
 from headrace.worker.engine.plan.speculation import Candidate, SpeculativeSequence
@@ -75,7 +77,19 @@ class LiveSequence(Generic[K]):
         """Return the sequence as a candidate for a draft."""
         if self.speculative is None:
             self.speculative = SpeculativeSequence()
-        return Candidate(self.speculative, self.ids, self.length - len(self.ids) - 1)
+        most = self.length - len(self.ids) - 1
+        return Candidate(self.speculative, self.ids, most, self._forced_ids()[: max(most, 0)])
+
+    def _forced_ids(self) -> list[int]:
+        """Return the ids that its grammar probably leaves no choice about; none without a grammar."""
+        matcher: Matcher | None = self.memo.matcher
+        if matcher is None or matcher.consumed > self.answered:
+            return []
+        try:
+            matcher.advance(self.ids[self.spec.prompt + matcher.consumed :])
+        except GrammarProblem:  # the engine finds it again when it samples
+            return []
+        return matcher.forced_ids()
 
     @property
     def times(self) -> SequenceTimes:

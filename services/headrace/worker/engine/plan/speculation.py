@@ -1,6 +1,7 @@
-"""Decide how many guessed tokens a decode step verifies: speculative decoding by prompt lookup.
+"""Decide how many guessed tokens a decode step verifies: speculative decoding by prompt lookup and grammars.
 
-A row may carry a draft, the tokens that probably come next. The step computes the logits after each of them
+A row may carry a draft, the tokens that probably come next: those that its grammar leaves no choice about,
+and those that followed the same tokens before. The step computes the logits after each of them
 and samples there; the tokens up to the first that differs from the draft are those that plain decoding gives
 (Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023). The noise of a sampled
 token depends on its position only, so nothing is rejected at random, and no bit changes.
@@ -31,6 +32,8 @@ _ASSUMED_SLOPE, _ASSUMED_VARIANCE = 0.04, 1.0
 # The chance that a token of a draft is right, by the length of the match: up to 4, 8, 15 tokens, or longer.
 _CLASSES = (4, 8, 15)
 _ASSUMED_CHANCES = (0.4, 0.6, 0.8, 0.9)
+# The same of a token that the grammar forces: others could write the same text (measured: none did).
+_FORCED_CHANCE = 0.99
 _FORGET, _FORGET_UNUSED = 0.95, 0.995  # what is left of the counts after a draft, and after none
 _CERTAINTY = 2.0  # how many tokens the assumption counts as
 # Less is not certain to be a gain.
@@ -88,28 +91,35 @@ def _class_of(length: int) -> int:
 
 
 class SpeculativeSequence:
-    """What speculation keeps of one sequence."""
+    """What speculation keeps of one sequence.
 
-    __slots__ = ("chances", "drafted", "lookup", "match")
+    match     of the planned step; None if its draft has no tokens of a match
+    forced    how many tokens of the draft come from the grammar, before those of the match
+    drafted   tokens of the draft
+    """
+
+    __slots__ = ("chances", "drafted", "forced", "lookup", "match")
 
     def __init__(self) -> None:
         self.lookup = Lookup()
         self.chances = Chances()
-        self.match: Match | None = None  # of the planned step
-        self.drafted = 0
+        self.match: Match | None = None
+        self.forced = self.drafted = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A row of the next step that may carry a draft.
 
-    ids    of its sequence
-    most   longest draft that is of use
+    ids      of its sequence
+    most     longest draft that is of use
+    forced   ids that its grammar probably leaves no choice about, at most *most*
     """
 
     own: SpeculativeSequence
     ids: Sequence[int]
     most: int
+    forced: Sequence[int] = ()
 
 
 class Speculation:
@@ -123,16 +133,19 @@ class Speculation:
         """Return a draft for each of the rows of a step that only decodes, empty where none pays."""
         gains: list[tuple[float, int]] = []
         for index, candidate in enumerate(candidates):
-            own = candidate.own
-            own.drafted = 0
-            own.match = match = own.lookup.find(candidate.ids)
-            if match is None or candidate.most <= 0:
+            own, right = candidate.own, 1.0
+            own.drafted, own.forced = 0, min(len(candidate.forced), MOST_DRAFTED)
+            own.match = match = _agreeing(candidate)
+            for _ in range(own.forced):
+                right *= _FORCED_CHANCE
+                gains.append((right, index))
+            if match is None or candidate.most <= own.forced:
                 continue
             shared = self._chances.of(match.length, _ASSUMED_CHANCES[_class_of(match.length)])
-            chance = right = own.chances.of(match.length, shared)
-            for _ in range(min(candidate.most, MOST_DRAFTED)):
-                gains.append((right, index))
+            chance = own.chances.of(match.length, shared)
+            for _ in range(min(candidate.most, MOST_DRAFTED) - own.forced):
                 right *= chance
+                gains.append((right, index))
         gains.sort(reverse=True)
         counts = [0] * len(candidates)
         for _, index in gains[: paying(gains, len(candidates), self.times.estimate)]:
@@ -140,23 +153,30 @@ class Speculation:
         return [self._draft(candidate, tokens) for candidate, tokens in zip(candidates, counts, strict=True)]
 
     def _draft(self, candidate: Candidate, tokens: int) -> list[int]:
-        match = candidate.own.match
-        if match is None:
-            return []
+        own = candidate.own
+        own.drafted = tokens
+        if own.match is None:
+            return list(candidate.forced[:tokens])
         if not tokens:
-            self._record(candidate.own, match, 0, 0)
-            return []
-        candidate.own.drafted = tokens
-        return draft(candidate.ids, match.place, tokens)
+            self._record(own, own.match, 0, 0)
+        return draft(candidate.ids, own.match.place, tokens)
 
     def record(self, own: SpeculativeSequence, accepted: int) -> None:
         """Record how many tokens of a sequence's draft were right."""
-        if own.drafted and own.match is not None:
-            self._record(own, own.match, own.drafted, accepted)
+        if own.drafted > own.forced and accepted >= own.forced and own.match is not None:
+            self._record(own, own.match, own.drafted - own.forced, accepted - own.forced)
 
     def _record(self, own: SpeculativeSequence, match: Match, drafted: int, accepted: int) -> None:
         for chances in (self._chances, own.chances):
             chances.record(match.length, drafted, accepted)
+
+
+def _agreeing(candidate: Candidate) -> Match | None:
+    """Return the match of a candidate, unless the tokens after it are not those that the grammar forces."""
+    match, forced = candidate.own.lookup.find(candidate.ids), candidate.forced
+    if match is None or not forced:
+        return match
+    return match if draft(candidate.ids, match.place, len(forced)) == list(forced) else None
 
 
 def paying(gains: Sequence[tuple[float, int]], rows: int, estimate: Callable[[int], float]) -> int:
