@@ -163,15 +163,3 @@ def pack_row(element_type: int, x: int, length: int, out: int, scales: int) -> N
         bfloat16_row(x, length // 16, out)
     else:
         copy_row(x, length // 16, out)
-
-
-@m.intrinsic([_i8, _f4])
-def store_float(b: Any, address: Any, value: Any) -> None:
-    """Store one float32."""
-    m.store(b, address, value)
-
-
-@m.intrinsic([_i8], _f4)
-def load_float(b: Any, address: Any) -> Any:
-    """Load one float32."""
-    return m.load(b, address, m.F32)

@@ -198,24 +198,44 @@ def reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Va
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
+def reduce_rows(
+    builder: Builder, vectors: Sequence[Value], combine: Callable[[Value, Value], Value]
+) -> Value:
+    """Combine the lanes of each of 1, 2, 4, 8 or 16 vectors, in the order of `reduce`; all at once.
+
+    Returns one vector, with the result of vector i in lane i.
+    """
+    held = list(vectors)
+    width = LANES // 2
+    while width:
+        lanes = [lane for lane in range(LANES) if not lane & width]
+        lanes += [LANES + lane for lane in lanes]
+        order = [ir.Constant(INTS, [lane + step for lane in lanes]) for step in (0, width)]
+        pairs = zip(held[::2], held[1::2], strict=True) if len(held) > 1 else [(held[0], held[0])]
+        held = [combine(*(builder.shuffle_vector(*pair, each) for each in order)) for pair in pairs]
+        width //= 2
+    return held[0]
+
+
 def exp(builder: Builder, x: Value) -> Value:
-    """Return e to the power of each lane, for inputs up to 88; exactly 1 at 0 and exactly 0 below -87.
+    """Return e to the power of each lane, for inputs up to 87; exactly 1 at 0 and exactly 0 below -87.
 
     Range reduction by ln 2 and a polynomial of degree 6, relative error below 2e-7 (Cephes, expf.c).
     """
     log2e, high, low = 1.44269504088896341, 0.693359375, -2.12194440e-4
-    n = call(builder, f"llvm.rint.v{LANES}f32", builder.fmul(x, floats(log2e)))
+    # The sum is so large that its last bits are the integer n + 128: shifted, they are the exponent of
+    # 2 ** (n + 1), so the polynomial is half of the power of the rest.
+    large = 1.5 * 2.0**23 + 128.0
+    sum_ = builder.fadd(builder.fmul(x, floats(log2e)), floats(large))
+    n = builder.fsub(sum_, floats(large))
     r = fma(builder, n, floats(-high), x)
     r = fma(builder, n, floats(-low), r)
-    p = floats(1.9875691500e-4)
+    p = floats(1.9875691500e-4 / 2)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0):
-        p = fma(builder, p, r, floats(coefficient))
-    # Below the range the conversion is undefined; its result is not used.
-    safe = builder.select(builder.fcmp_ordered(">", x, floats(-87.0)), n, floats(0.0))
-    bits = builder.shl(builder.add(builder.fptosi(safe, INTS), ints(127)), ints(23))
-    whole = builder.fmul(p, builder.bitcast(bits, FLOATS))
+        p = fma(builder, p, r, floats(coefficient / 2))
+    power = builder.bitcast(builder.shl(builder.bitcast(sum_, INTS), ints(23)), FLOATS)
     below = builder.fcmp_ordered("<=", x, floats(-87.0))  # false for NaN, which stays NaN
-    return builder.select(below, floats(0.0), whole)
+    return builder.select(below, floats(0.0), builder.fmul(p, power))
 
 
 def counted_loop(
