@@ -33,6 +33,7 @@ from headrace.worker.engine.cpu.kernels.softmax import (
     DECAYS,
     PARTIAL_BYTES,
     STATE_BYTES,
+    TOGETHER,
     TOTALS,
     highest,
     softmax_full,
@@ -141,7 +142,7 @@ def attend_tile(
                 score_half(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
             else:
                 score_full(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
-        vectors = many * (BLOCK // 16)
+        vectors = (many * (BLOCK // m.LANES) + TOGETHER - 1) // TOGETHER * TOGETHER
         for r in range(rows):
             position = positions[begin + r // group]
             end = min(max(position + 1 - start, 0), KEY_TILE)

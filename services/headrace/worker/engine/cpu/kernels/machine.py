@@ -218,24 +218,34 @@ def reduce_rows(
 
 
 def exp(builder: Builder, x: Value) -> Value:
-    """Return e to the power of each lane, for inputs up to 87; exactly 1 at 0 and exactly 0 below -87.
+    """Return e to the power of each lane; see `exp_all`."""
+    return exp_all(builder, [x])[0]
 
-    Range reduction by ln 2 and a polynomial of degree 6, relative error below 2e-7 (Cephes, expf.c).
+
+def exp_all(builder: Builder, x: Sequence[Value]) -> list[Value]:
+    """Return e to the power of each lane of some vectors.
+
+    For inputs up to 87; exactly 1 at 0 and exactly 0 below -87. Range reduction by ln 2 and a polynomial of
+    degree 6, relative error below 2e-7 (Cephes, expf.c). Each instruction waits for the previous one of its
+    vector, so those of several vectors are emitted in turns.
     """
+    b = builder
     log2e, high, low = 1.44269504088896341, 0.693359375, -2.12194440e-4
     # The sum is so large that its last bits are the integer n + 128: shifted, they are the exponent of
     # 2 ** (n + 1), so the polynomial is half of the power of the rest.
-    large = 1.5 * 2.0**23 + 128.0
-    sum_ = builder.fadd(builder.fmul(x, floats(log2e)), floats(large))
-    n = builder.fsub(sum_, floats(large))
-    r = fma(builder, n, floats(-high), x)
-    r = fma(builder, n, floats(-low), r)
-    p = floats(1.9875691500e-4 / 2)
+    large = floats(1.5 * 2.0**23 + 128.0)
+    sums = [b.fmul(each, floats(log2e)) for each in x]
+    sums = [b.fadd(each, large) for each in sums]
+    n = [b.fsub(each, large) for each in sums]
+    r = [fma(b, whole, floats(-high), each) for whole, each in zip(n, x, strict=True)]
+    r = [fma(b, whole, floats(-low), each) for whole, each in zip(n, r, strict=True)]
+    p = [floats(1.9875691500e-4 / 2)] * len(x)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0):
-        p = fma(builder, p, r, floats(coefficient / 2))
-    power = builder.bitcast(builder.shl(builder.bitcast(sum_, INTS), ints(23)), FLOATS)
-    below = builder.fcmp_ordered("<=", x, floats(-87.0))  # false for NaN, which stays NaN
-    return builder.select(below, floats(0.0), builder.fmul(p, power))
+        p = [fma(b, power, each, floats(coefficient / 2)) for power, each in zip(p, r, strict=True)]
+    powers = [b.bitcast(b.shl(b.bitcast(each, INTS), ints(23)), FLOATS) for each in sums]
+    results = [b.fmul(each, power) for each, power in zip(p, powers, strict=True)]
+    below = [b.fcmp_ordered("<=", each, floats(-87.0)) for each in x]  # false for NaN, which stays NaN
+    return [b.select(zero, floats(0.0), each) for zero, each in zip(below, results, strict=True)]
 
 
 def counted_loop(

@@ -25,6 +25,7 @@ TOTALS, DECAYS, STATE_BYTES = (4 * m.LANES * i for i in (1, 2, 3))
 # A vector for each of 16 queries, which `highest` fills and `softmax_half` uses.
 PARTIAL_BYTES = 4 * m.LANES * m.LANES
 
+TOGETHER = 4  # vectors of weights that are computed together
 _FEW = 4  # queries that a cheaper reduction handles
 
 
@@ -84,7 +85,7 @@ def _softmax(half: bool, b: Any, rows: Any, scores: Any, row_bytes: Any, vectors
 
     scores    [rows, 16 x vectors] float32, rows *row_bytes* apart. For bfloat16 memory, weights are bfloat16
               and fill the first half of the space of a row
-    vectors   an even number
+    vectors   a multiple of TOGETHER
     partials  what `highest` has stored for each query
     state     address of STATE_BYTES
     """
@@ -98,24 +99,26 @@ def _softmax(half: bool, b: Any, rows: Any, scores: Any, row_bytes: Any, vectors
         start = b.add(scores, b.mul(row, row_bytes))
         maximum = m.splat(b, m.load(b, offset(b, state, row, 4), m.F32))
 
-        def weigh(pair: Any, carried: list[Any]) -> list[Any]:
+        def weigh(index: Any, carried: list[Any]) -> list[Any]:
+            at = offset(b, start, index, 64 * TOGETHER)
+            scores = [m.load(b, b.add(at, integer(64 * i)), m.FLOATS) for i in range(TOGETHER)]
+            weights = m.exp_all(b, [b.fsub(score, maximum) for score in scores])
+            if half:
+                # Weights take half the space of scores: no score is overwritten before it is read.
+                rounded = [m.narrow_normal(b, weight) for weight in weights]
+                at = offset(b, start, index, 32 * TOGETHER)
+                for i, weight in enumerate(rounded):
+                    m.store(b, b.add(at, integer(32 * i)), weight)
+                weights = [m.widen(b, weight) for weight in rounded]
+            else:
+                for i, weight in enumerate(weights):
+                    m.store(b, b.add(at, integer(64 * i)), weight)
             total = carried[0]
-            weights = []
-            for i in (0, 64):
-                score = m.load(b, b.add(offset(b, start, pair, 128), integer(i)), m.FLOATS)
-                weights.append(m.exp(b, b.fsub(score, maximum)))
-            for i, weight in enumerate(weights):
-                if half:
-                    # Weights take half the space of scores: no score is overwritten before it is read.
-                    rounded = m.narrow_normal(b, weight)
-                    m.store(b, b.add(offset(b, start, pair, 64), integer(32 * i)), rounded)
-                    weight = m.widen(b, rounded)
-                else:
-                    m.store(b, b.add(offset(b, start, pair, 128), integer(64 * i)), weight)
+            for weight in weights:
                 total = b.fadd(total, weight)
             return [total]
 
-        (total,) = m.counted_loop(b, b.lshr(vectors, integer(1)), [m.floats(0.0)], weigh)
+        (total,) = m.counted_loop(b, b.udiv(vectors, integer(TOGETHER)), [m.floats(0.0)], weigh)
         m.store(b, offset(b, partials, row, 64), total)
         return []
 
