@@ -24,16 +24,18 @@ from headrace.worker.engine.cpu.kernels.elementwise import (
     copy_row,
     pack_row,
     pointer,
+    rotate_vector,
     scale_row,
     silu_row,
     sum_of_squares,
     widen_row,
 )
-from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, store_token
+from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, prefetch_token, store_token
 from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
 
 PHASES = 10  # per layer, each with its own counter
 COUNTER_BYTES = team.CACHE_LINE
+MOST_TOKENS = 16  # that one thread takes at once, to rotate and store them
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
 DECODER_LAYER = np.dtype(
@@ -197,6 +199,9 @@ def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
             factor = np.float32(1.0) / np.sqrt(np.float32(total / np.float32(dim) + step.epsilon))
             for d in range(dim):
                 vector[d] = vector[d] * factor * weights[d]
+        if half % 16 == 0:
+            rotate_vector(place, step.cosines + at, step.sines + at, half // 16)
+            continue
         for d in range(half):
             left, right = vector[d], vector[d + half]
             vector[d] = left * cosines[d] - right * sines[d]
@@ -215,13 +220,19 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     keys = 4 * own.heads * own.head_dim
     values = keys + 4 * own.kv_heads * own.head_dim
     counter = step.counters + COUNTER_BYTES * (phase + 2)
-    while True:
-        row = team.claim(counter)
-        if row >= tokens:
-            break
-        start = step.projected + row * projected_row
-        _rotate(step, layer, row, start)
-        store_token(step.failures, own, step.ragged, row, start + keys, start + values, own.value_dim)
+    # Neighbouring tokens write the same cache lines, so one thread takes some of them.
+    some = min(MOST_TOKENS, max(1, tokens // (8 * team.thread_count())))
+    row = some * team.claim(counter)
+    while row < tokens:
+        following = some * team.claim(counter)
+        for token in range(row, min(row + some, tokens)):
+            next_token = token + 1 if token + 1 < row + some else following
+            if next_token < tokens:
+                prefetch_token(own, step.ragged, next_token)
+            start = step.projected + token * projected_row
+            _rotate(step, layer, token, start)
+            store_token(step.failures, own, step.ragged, token, start + keys, start + values, own.value_dim)
+        row = following
     team.barrier(step.failures)
     _count_cycles(step, 3)
     width = own.heads * own.value_dim

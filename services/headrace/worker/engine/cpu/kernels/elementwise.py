@@ -68,6 +68,22 @@ def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any)
 
 
 @m.intrinsic([_i8, _i8, _i8, _i8])
+def rotate_vector(b: Any, x: Any, cosines: Any, sines: Any, vectors: Any) -> None:
+    """Rotate each pair of numbers of x, in place: the first halves of pairs are followed by the second."""
+    second = m.offset(b, x, vectors, 64)
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        places = [offset(b, start, i, 64) for start in (x, second)]
+        left, right = (m.load(b, place, m.FLOATS) for place in places)
+        cosine, sine = (m.load(b, offset(b, start, i, 64), m.FLOATS) for start in (cosines, sines))
+        m.store(b, places[0], b.fsub(b.fmul(left, cosine), b.fmul(right, sine)))
+        m.store(b, places[1], b.fadd(b.fmul(right, cosine), b.fmul(left, sine)))
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.intrinsic([_i8, _i8, _i8, _i8])
 def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
     """Store gate * sigmoid(gate) * up in out."""
 

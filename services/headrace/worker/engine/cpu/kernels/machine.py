@@ -26,6 +26,7 @@ CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # four 8-bit products per lane and instruction
+HAS_MASKS = bool(_FEATURES.get("avx512bw"))  # stores of some of the 16-bit lanes of a vector
 HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # two bfloat16 products per lane and instruction
 
 
