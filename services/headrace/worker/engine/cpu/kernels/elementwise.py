@@ -30,15 +30,13 @@ def _add(b: Any) -> Any:
     return lambda left, right: b.fadd(left, right)
 
 
-def _largest(b: Any) -> Any:
-    # llvm.maximum returns NaN if either operand is NaN: after quantisation it would look like a number.
-    return lambda left, right: m.call(
-        b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right
-    )
-
-
 def _magnitude(b: Any, value: Any) -> Any:
-    return m.call(b, f"llvm.fabs.v{m.LANES}f32", value)
+    """Return the bits of the magnitudes, as integers: these have the order of the numbers, NaN last."""
+    return b.and_(b.bitcast(value, m.INTS), m.ints(0x7FFFFFFF))
+
+
+def _largest(b: Any) -> Any:
+    return lambda left, right: b.select(b.icmp_signed(">", left, right), left, right)
 
 
 @m.intrinsic([_i8, _i8], _f4)
@@ -115,7 +113,8 @@ def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
         largest = _magnitude(b, values[0])
         for value in values[1:]:
             largest = _largest(b)(largest, _magnitude(b, value))
-        scale = b.fdiv(m.reduce(b, largest, _largest(b)), ir.Constant(m.F32, 127.0))
+        highest = b.bitcast(m.reduce(b, largest, _largest(b)), m.F32)
+        scale = b.fdiv(highest, ir.Constant(m.F32, 127.0))
         m.store(b, offset(b, scales, group, 4), scale)
         one, zero = ir.Constant(m.F32, 1.0), ir.Constant(m.F32, 0.0)
         # Below this the inverse overflows; such numbers are treated as 0.
