@@ -85,17 +85,30 @@ def rotate_vector(b: Any, x: Any, cosines: Any, sines: Any, vectors: Any) -> Non
 def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
     """Store gate * sigmoid(gate) * up in out."""
 
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        value = m.load(b, offset(b, gate, i, 64), m.FLOATS)
-        # The range of exp ends at 88, where the sigmoid is 0 already.
-        negative = b.fsub(m.floats(0.0), value)
-        bounded = b.select(b.fcmp_ordered(">", negative, m.floats(87.0)), m.floats(87.0), negative)
-        value = b.fdiv(value, b.fadd(m.floats(1.0), m.exp(b, bounded)))
-        value = b.fmul(value, m.load(b, offset(b, up, i, 64), m.FLOATS))
-        m.store(b, offset(b, out, i, 64), value)
-        return []
+    def some(begin: Any, together: int) -> Any:
+        def body(i: Any, carried: list[Any]) -> list[Any]:
+            at = b.add(begin, b.mul(i, integer(64 * together)))
+            places = [b.add(at, integer(64 * j)) for j in range(together)]
+            gates = [m.load(b, b.add(gate, place), m.FLOATS) for place in places]
+            # The range of exp ends at 87, where the sigmoid is 0 already.
+            bounded = []
+            for value in gates:
+                negative = b.fsub(m.floats(0.0), value)
+                above = b.fcmp_ordered(">", negative, m.floats(87.0))
+                bounded.append(b.select(above, m.floats(87.0), negative))
+            for place, value, power in zip(places, gates, m.exp_all(b, bounded), strict=True):
+                value = b.fdiv(value, b.fadd(m.floats(1.0), power))
+                value = b.fmul(value, m.load(b, b.add(up, place), m.FLOATS))
+                m.store(b, b.add(out, place), value)
+            return []
 
-    m.counted_loop(b, vectors, [], body)
+        return body
+
+    whole, rest = b.lshr(vectors, integer(2)), b.and_(vectors, integer(3))
+    with b.if_then(b.icmp_signed(">", whole, integer(0))):
+        m.counted_loop(b, whole, [], some(integer(0), 4))
+    with b.if_then(b.icmp_signed(">", rest, integer(0))):
+        m.counted_loop(b, rest, [], some(b.mul(whole, integer(256)), 1))
 
 
 @m.intrinsic([_i8, _i8, _i8, _i8])
