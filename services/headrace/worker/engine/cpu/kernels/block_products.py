@@ -66,8 +66,8 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
 
     Arguments: weights [rows, words], rows 4 KEY_TILE bytes apart; the number of visible tokens; the addresses
     of the values of the blocks, [words, value_dim words] each; the offset of the first column in a row of
-    them; value_dim; sums [rows, value_dim] float32, which are multiplied by factors [rows] float32 before; and
-    the addresses of as many blocks to prefetch.
+    them; value_dim; sums [rows, value_dim] float32, which are multiplied by factors [rows] float32 before;
+    and the addresses of as many blocks to prefetch.
     """
 
     def emit(

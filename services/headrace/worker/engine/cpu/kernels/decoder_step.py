@@ -31,10 +31,12 @@ from headrace.worker.engine.cpu.kernels.elementwise import (
     widen_row,
 )
 from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, prefetch_token, store_token
-from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
+from headrace.worker.engine.cpu.kernels.matmul import GROUP, MATRIX, multiply_panel
 
 PHASES = 10  # per layer, each with its own counter
 COUNTER_BYTES = team.CACHE_LINE
+GATED_ROWS = 64  # rows of gates, and of as many numbers to be gated, that one thread holds
+GATED_BYTES = 2 * 4 * GROUP  # of each of these rows
 MOST_TOKENS = 16  # that one thread takes at once, to rotate and store them
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
@@ -79,6 +81,8 @@ STEP = np.dtype(
         ("residual", np.int64),  # [tokens, hidden] float32
         ("activations", np.int64),  # [tokens, longest row], in the format of `matmul`
         ("scales", np.int64),  # [tokens, groups of the longest row] float32
+        ("gated", np.int64),  # [tokens, intermediate], in the format of `matmul`
+        ("gated_scales", np.int64),  # [tokens, groups] float32
         ("projected", np.int64),  # [tokens, widest result of qkv or gate_up] float32
         ("attended", np.int64),  # [tokens, heads x head_dim] float32
         ("failures", np.int64),  # address of a `team.FailureState`
@@ -89,12 +93,13 @@ STEP = np.dtype(
     ]
 )
 
-# The parts that `cycles` counts. Its last entry is the time at which the last part ended.
+# The parts that `cycles` counts; "gate and up" includes the activation where groups divide a row. The last
+# entry of `cycles` is the time at which the last part ended.
 PARTS = (
     "embedding", "attention norm", "qkv", "rotation and store", "attention", "pack", "output",
     "feed-forward norm", "gate and up", "activation", "down", "head",
 )  # fmt: skip
-_LAST = len(PARTS)  # index of the time at which the last part ended
+_LAST = len(PARTS)  # index of this time
 
 
 @machine.intrinsic([], types.int64)
@@ -115,9 +120,10 @@ def _count_cycles(step: Any, part: int) -> None:
 
 @machine.jit
 def _multiply(
-    step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
-) -> None:
-    """Multiply the activations by a matrix; threads share its panels."""
+    step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, a: int, a_scales: int, out: int,
+    out_row: int,
+) -> None:  # fmt: skip
+    """Multiply activations by a matrix; threads share its panels."""
     counter = step.counters + COUNTER_BYTES * phase
     panel = team.claim(counter)
     while panel < matrix.count:
@@ -129,8 +135,8 @@ def _multiply(
             panel,
             following,
             rows,
-            step.activations,
-            step.scales,
+            a,
+            a_scales,
             out + 128 * panel,
             out_row,
         )
@@ -146,33 +152,31 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     mean = sum_of_squares(x, vectors) / np.float32(step.hidden)
     factor = np.float32(1.0) / np.sqrt(np.float32(mean + step.epsilon))
     scale_row(x, factor, weights, vectors, scratch)
-    _pack(step, scratch, step.hidden, row)
+    _pack(step, scratch, step.hidden, row, step.activations, step.scales)
 
 
 @machine.jit
 def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
     """Store the norms of all rows as activations; threads share the rows."""
     counter = step.counters + COUNTER_BYTES * phase
-    while True:
-        row = team.claim(counter)
-        if row >= step.ragged.tokens:
-            break
+    row = team.claim(counter)
+    while row < step.ragged.tokens:
         _normalise(step, step.residual + 4 * step.hidden * row, weights, row, scratch)
+        row = team.claim(counter)
     team.barrier(step.failures)
     _count_cycles(step, part)
 
 
 @machine.jit
-def _pack(step: Any, x: int, length: int, row: int) -> None:
-    """Store one row of floats as activations of the next product."""
-    size = 1 if step.element_type == 0 else (2 if step.element_type == 1 else 4)
-    pack_row(
-        step.element_type,
-        x,
-        length,
-        step.activations + row * length * size,
-        step.scales + 4 * row * (length // 64),
-    )
+def _element_bytes(step: Any) -> int:
+    return 1 if step.element_type == 0 else (2 if step.element_type == 1 else 4)
+
+
+@machine.jit
+def _pack(step: Any, x: int, length: int, row: int, out: int, scales: int) -> None:
+    """Store one row of floats as activations of a product."""
+    place = out + row * length * _element_bytes(step)
+    pack_row(step.element_type, x, length, place, scales + 4 * row * (length // GROUP))
 
 
 @machine.jit
@@ -216,7 +220,8 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     residual_row = 4 * step.hidden
     _normalise_all(step, 1, phase, layer.attention_norm, scratch)
     projected_row = 128 * layer.qkv.count
-    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.projected, projected_row)
+    a, a_scales = step.activations, step.scales
+    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, a, a_scales, step.projected, projected_row)
     keys = 4 * own.heads * own.head_dim
     values = keys + 4 * own.kv_heads * own.head_dim
     counter = step.counters + COUNTER_BYTES * (phase + 2)
@@ -257,15 +262,68 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     team.barrier(step.failures)
     _count_cycles(step, 4)
     counter = step.counters + COUNTER_BYTES * (phase + 4)
-    while True:
+    row = team.claim(counter)
+    while row < tokens:
+        _pack(step, step.attended + 4 * width * row, width, row, a, a_scales)
         row = team.claim(counter)
-        if row >= tokens:
-            break
-        place = step.attended + 4 * width * row
-        _pack(step, place, width, row)
     team.barrier(step.failures)
     _count_cycles(step, 5)
-    _multiply(step, 6, phase + 5, True, layer.output, tokens, step.residual, residual_row)
+    _multiply(step, 6, phase + 5, True, layer.output, tokens, a, a_scales, step.residual, residual_row)
+
+
+@machine.jit
+def _gate_groups(step: Any, matrix: Any, phase: int, scratch: int) -> None:
+    """Compute the activation of all rows. Threads share its groups of GROUP numbers of each row.
+
+    A thread computes all of a group, and holds the products of some rows in its own scratch memory, so that
+    cores exchange a byte of the result per number instead of eight of its factors.
+    """
+    counter = step.counters + COUNTER_BYTES * phase
+    tokens, groups = step.ragged.tokens, step.intermediate // GROUP
+    size = _element_bytes(step)
+    group = team.claim(counter)
+    while group < groups:
+        following = team.claim(counter)
+        coming = 2 * following if following < groups else matrix.count
+        for begin in range(0, tokens, GATED_ROWS):
+            rows = min(tokens - begin, GATED_ROWS)
+            a = step.activations + begin * step.hidden * size
+            a_scales = step.scales + 4 * begin * (step.hidden // GROUP)
+            for i in range(4):  # two panels of gates, then two of numbers to be gated
+                panel = 2 * group + i % 2 + i // 2 * 2 * groups
+                ahead = 2 * group + (i + 1) % 2 + (i + 1) // 2 * 2 * groups
+                if i == 3:
+                    ahead = coming if begin + rows >= tokens else matrix.count
+                place = scratch + 128 * i
+                multiply_panel(
+                    step.element_type, False, matrix, panel, ahead, rows, a, a_scales, place, GATED_BYTES
+                )
+            for row in range(begin, begin + rows):
+                gates = scratch + (row - begin) * GATED_BYTES
+                silu_row(gates, gates + 4 * GROUP, GROUP // 16, gates)
+                out = step.gated + (row * step.intermediate + group * GROUP) * size
+                pack_row(step.element_type, gates, GROUP, out, step.gated_scales + 4 * (row * groups + group))
+        group = following
+    team.barrier(step.failures)
+    _count_cycles(step, 8)
+
+
+@machine.jit
+def _gate_rows(step: Any, matrix: Any, phase: int, scratch: int) -> None:
+    """Compute the activation of all rows, of any length. Threads share panels, and then rows."""
+    tokens = step.ragged.tokens
+    row_bytes = 128 * matrix.count
+    a, a_scales = step.activations, step.scales
+    _multiply(step, 8, phase, False, matrix, tokens, a, a_scales, step.projected, row_bytes)
+    counter = step.counters + COUNTER_BYTES * (phase + 1)
+    row = team.claim(counter)
+    while row < tokens:
+        gates = step.projected + row * row_bytes
+        silu_row(gates, gates + 4 * step.intermediate, step.intermediate // 16, scratch)
+        _pack(step, scratch, step.intermediate, row, step.gated, step.gated_scales)
+        row = team.claim(counter)
+    team.barrier(step.failures)
+    _count_cycles(step, 9)
 
 
 @machine.jit
@@ -274,19 +332,12 @@ def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     tokens = step.ragged.tokens
     residual_row = 4 * step.hidden
     _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
-    projected_row = 128 * layer.gate_up.count
-    _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.projected, projected_row)
-    counter = step.counters + COUNTER_BYTES * (phase + 2)
-    while True:
-        row = team.claim(counter)
-        if row >= tokens:
-            break
-        gates = step.projected + row * projected_row
-        silu_row(gates, gates + 4 * step.intermediate, step.intermediate // 16, scratch)
-        _pack(step, scratch, step.intermediate, row)
-    team.barrier(step.failures)
-    _count_cycles(step, 9)
-    _multiply(step, 10, phase + 3, True, layer.down, tokens, step.residual, residual_row)
+    if step.intermediate % GROUP == 0:
+        _gate_groups(step, layer.gate_up, phase + 1, scratch)
+    else:
+        _gate_rows(step, layer.gate_up, phase + 1, scratch)
+    a, a_scales = step.gated, step.gated_scales
+    _multiply(step, 10, phase + 3, True, layer.down, tokens, a, a_scales, step.residual, residual_row)
 
 
 @machine.jit
@@ -320,7 +371,8 @@ def _decoder_step(step: Any) -> None:
         _normalise(step, step.residual + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
     team.barrier(step.failures)
     if step.sampled:
-        _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
+        a, a_scales, row_bytes = step.activations, step.scales, 128 * step.head.count
+        _multiply(step, 11, phase, False, step.head, step.sampled, a, a_scales, step.logits, row_bytes)
 
 
 @functools.cache
