@@ -35,9 +35,11 @@ from headrace.worker.engine.cpu.kernels.softmax import (
     STATE_BYTES,
     TOGETHER,
     TOTALS,
+    add_totals,
     highest,
-    softmax_full,
-    softmax_half,
+    raise_maxima,
+    weigh_scores_full,
+    weigh_scores_half,
 )
 
 # How many blocks ahead of the computation memory is prefetched. The prefetcher of the CPU
@@ -150,10 +152,12 @@ def attend_tile(
             if layer.window > 0:
                 lowest = max(position - layer.window + 1 - start, 0)
             highest(scores + 4 * KEY_TILE * r, vectors, lowest, end, layer.softcap, partials + 64 * r)
+        raise_maxima(rows, partials, states)
         if layer.half:
-            softmax_half(rows, scores, 4 * KEY_TILE, vectors, partials, states)
+            weigh_scores_half(rows, scores, 4 * KEY_TILE, vectors, partials, states)
         else:
-            softmax_full(rows, scores, 4 * KEY_TILE, vectors, partials, states)
+            weigh_scores_full(rows, scores, 4 * KEY_TILE, vectors, partials, states)
+        add_totals(rows, partials, states)
         visible, decays = min(last + 1 - start, KEY_TILE), states + DECAYS
         for column in range(0, wide, 32):
             at, sum_ = 4 * column, sums + 4 * column

@@ -37,6 +37,7 @@ PHASES = 10  # per layer, each with its own counter
 COUNTER_BYTES = team.CACHE_LINE
 GATED_ROWS = 64  # rows of gates, and of as many numbers to be gated, that one thread holds
 GATED_BYTES = 2 * 4 * GROUP  # of each of these rows
+STORE, ADD, GATE = range(3)  # what a product does with its results, see `_multiply`
 MOST_TOKENS = 16  # that one thread takes at once, to rotate and store them
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
@@ -120,29 +121,66 @@ def _count_cycles(step: Any, part: int) -> None:
 
 @machine.jit
 def _multiply(
-    step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, a: int, a_scales: int, out: int,
+    step: Any, part: int, phase: int, what: int, matrix: Any, rows: int, a: int, a_scales: int, out: int,
     out_row: int,
 ) -> None:  # fmt: skip
-    """Multiply activations by a matrix; threads share its panels."""
+    """Multiply activations by a matrix; threads share its panels.
+
+    what   STORE results, or ADD them to existing values. To GATE, *matrix* is gate_up, and threads share
+           groups of GROUP results of the activation. A thread computes all of a group, and holds its factors
+           for some rows in its own scratch memory, at *out*: cores exchange activations, which have an
+           eighth of the bytes. One function for all: each call of `multiply_panel` takes long to compile
+    """
     counter = step.counters + COUNTER_BYTES * phase
-    panel = team.claim(counter)
-    while panel < matrix.count:
+    gate = what == GATE
+    groups = matrix.count // 4
+    items, each, most = (groups, 4, GATED_ROWS) if gate else (matrix.count, 1, rows)
+    a_row, scales_row = 4 * matrix.words, matrix.words // (GROUP // 4) * 4
+    item = team.claim(counter)
+    while item < items:
         following = team.claim(counter)
-        multiply_panel(
-            step.element_type,
-            add,
-            matrix,
-            panel,
-            following,
-            rows,
-            a,
-            a_scales,
-            out + 128 * panel,
-            out_row,
-        )
-        panel = following
+        coming = 2 * following if gate else following
+        if following >= items:
+            coming = matrix.count
+        for begin in range(0, rows, most):
+            some = min(rows - begin, most)
+            for i in range(each):
+                panel, ahead, place = item, coming, out + 128 * item
+                if gate:  # two panels of gates, then two of numbers to be gated
+                    panel = 2 * item + i % 2 + i // 2 * 2 * groups
+                    place = out + 128 * i
+                    if i < 3:
+                        ahead = 2 * item + (i + 1) % 2 + (i + 1) // 2 * 2 * groups
+                    elif begin + some < rows:
+                        ahead = matrix.count
+                multiply_panel(
+                    step.element_type,
+                    what == ADD,
+                    matrix,
+                    panel,
+                    ahead,
+                    some,
+                    a + begin * a_row,
+                    a_scales + begin * scales_row,
+                    place,
+                    out_row,
+                )
+            if gate:
+                for row in range(some):
+                    gates = out + row * out_row
+                    _activate(step, gates, gates, GROUP, begin + row, item)
+        item = following
     team.barrier(step.failures)
     _count_cycles(step, part)
+
+
+@machine.jit
+def _activate(step: Any, gates: int, scratch: int, length: int, row: int, part: int) -> None:
+    """Store the activation of some numbers of a row, which follow their gates; they are part *part* of it."""
+    silu_row(gates, gates + 4 * length, length // 16, scratch)
+    at = row * step.intermediate + part * length
+    scales = step.gated_scales + 4 * (row * (step.intermediate // GROUP) + part)
+    pack_row(step.element_type, scratch, length, step.gated + at * _element_bytes(step), scales)
 
 
 @machine.jit
@@ -221,7 +259,7 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     _normalise_all(step, 1, phase, layer.attention_norm, scratch)
     projected_row = 128 * layer.qkv.count
     a, a_scales = step.activations, step.scales
-    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, a, a_scales, step.projected, projected_row)
+    _multiply(step, 2, phase + 1, STORE, layer.qkv, tokens, a, a_scales, step.projected, projected_row)
     keys = 4 * own.heads * own.head_dim
     values = keys + 4 * own.kv_heads * own.head_dim
     counter = step.counters + COUNTER_BYTES * (phase + 2)
@@ -268,76 +306,29 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
         row = team.claim(counter)
     team.barrier(step.failures)
     _count_cycles(step, 5)
-    _multiply(step, 6, phase + 5, True, layer.output, tokens, a, a_scales, step.residual, residual_row)
-
-
-@machine.jit
-def _gate_groups(step: Any, matrix: Any, phase: int, scratch: int) -> None:
-    """Compute the activation of all rows. Threads share its groups of GROUP numbers of each row.
-
-    A thread computes all of a group, and holds the products of some rows in its own scratch memory, so that
-    cores exchange a byte of the result per number instead of eight of its factors.
-    """
-    counter = step.counters + COUNTER_BYTES * phase
-    tokens, groups = step.ragged.tokens, step.intermediate // GROUP
-    size = _element_bytes(step)
-    group = team.claim(counter)
-    while group < groups:
-        following = team.claim(counter)
-        coming = 2 * following if following < groups else matrix.count
-        for begin in range(0, tokens, GATED_ROWS):
-            rows = min(tokens - begin, GATED_ROWS)
-            a = step.activations + begin * step.hidden * size
-            a_scales = step.scales + 4 * begin * (step.hidden // GROUP)
-            for i in range(4):  # two panels of gates, then two of numbers to be gated
-                panel = 2 * group + i % 2 + i // 2 * 2 * groups
-                ahead = 2 * group + (i + 1) % 2 + (i + 1) // 2 * 2 * groups
-                if i == 3:
-                    ahead = coming if begin + rows >= tokens else matrix.count
-                place = scratch + 128 * i
-                multiply_panel(
-                    step.element_type, False, matrix, panel, ahead, rows, a, a_scales, place, GATED_BYTES
-                )
-            for row in range(begin, begin + rows):
-                gates = scratch + (row - begin) * GATED_BYTES
-                silu_row(gates, gates + 4 * GROUP, GROUP // 16, gates)
-                out = step.gated + (row * step.intermediate + group * GROUP) * size
-                pack_row(step.element_type, gates, GROUP, out, step.gated_scales + 4 * (row * groups + group))
-        group = following
-    team.barrier(step.failures)
-    _count_cycles(step, 8)
-
-
-@machine.jit
-def _gate_rows(step: Any, matrix: Any, phase: int, scratch: int) -> None:
-    """Compute the activation of all rows, of any length. Threads share panels, and then rows."""
-    tokens = step.ragged.tokens
-    row_bytes = 128 * matrix.count
-    a, a_scales = step.activations, step.scales
-    _multiply(step, 8, phase, False, matrix, tokens, a, a_scales, step.projected, row_bytes)
-    counter = step.counters + COUNTER_BYTES * (phase + 1)
-    row = team.claim(counter)
-    while row < tokens:
-        gates = step.projected + row * row_bytes
-        silu_row(gates, gates + 4 * step.intermediate, step.intermediate // 16, scratch)
-        _pack(step, scratch, step.intermediate, row, step.gated, step.gated_scales)
-        row = team.claim(counter)
-    team.barrier(step.failures)
-    _count_cycles(step, 9)
+    _multiply(step, 6, phase + 5, ADD, layer.output, tokens, a, a_scales, step.residual, residual_row)
 
 
 @machine.jit
 def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
-    residual_row = 4 * step.hidden
     _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
-    if step.intermediate % GROUP == 0:
-        _gate_groups(step, layer.gate_up, phase + 1, scratch)
-    else:
-        _gate_rows(step, layer.gate_up, phase + 1, scratch)
+    groups = step.intermediate % GROUP == 0
+    row_bytes = GATED_BYTES if groups else 128 * layer.gate_up.count
+    out, what = (scratch, GATE) if groups else (step.projected, STORE)
+    a, a_scales = step.activations, step.scales
+    _multiply(step, 8, phase + 1, what, layer.gate_up, tokens, a, a_scales, out, row_bytes)
+    if not groups:
+        counter = step.counters + COUNTER_BYTES * (phase + 2)
+        row = team.claim(counter)
+        while row < tokens:
+            _activate(step, out + row * row_bytes, scratch, step.intermediate, row, 0)
+            row = team.claim(counter)
+        team.barrier(step.failures)
+        _count_cycles(step, 9)
     a, a_scales = step.gated, step.gated_scales
-    _multiply(step, 10, phase + 3, True, layer.down, tokens, a, a_scales, step.residual, residual_row)
+    _multiply(step, 10, phase + 3, ADD, layer.down, tokens, a, a_scales, step.residual, 4 * step.hidden)
 
 
 @machine.jit
@@ -372,7 +363,7 @@ def _decoder_step(step: Any) -> None:
     team.barrier(step.failures)
     if step.sampled:
         a, a_scales, row_bytes = step.activations, step.scales, 128 * step.head.count
-        _multiply(step, 11, phase, False, step.head, step.sampled, a, a_scales, step.logits, row_bytes)
+        _multiply(step, 11, phase, STORE, step.head, step.sampled, a, a_scales, step.logits, row_bytes)
 
 
 @functools.cache

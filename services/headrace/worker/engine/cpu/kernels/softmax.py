@@ -22,7 +22,7 @@ _i8, _f4 = types.int64, types.float32
 # weighted values of earlier keys; float32.
 TOTALS, DECAYS, STATE_BYTES = (4 * m.LANES * i for i in (1, 2, 3))
 
-# A vector for each of 16 queries, which `highest` fills and `softmax_half` uses.
+# A vector for each of 16 queries, with what remains to be reduced.
 PARTIAL_BYTES = 4 * m.LANES * m.LANES
 
 TOGETHER = 4  # vectors of weights that are computed together
@@ -79,21 +79,28 @@ def highest(b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: An
                 m.store(b, out, value)
 
 
-def _softmax(half: bool, b: Any, rows: Any, scores: Any, row_bytes: Any, vectors: Any, partials: Any,
-             state: Any) -> None:  # fmt: skip
-    """Replace the scores of *rows* queries by weights, in place, and update the state of the tile.
+@m.intrinsic([_i8, _i8, _i8])
+def raise_maxima(b: Any, rows: Any, partials: Any, state: Any) -> None:
+    """Update the maxima of *rows* queries of a tile, and compute the factors for earlier values.
 
-    scores    [rows, 16 x vectors] float32, rows *row_bytes* apart. For bfloat16 memory, weights are bfloat16
-              and fill the first half of the space of a row
-    vectors   a multiple of TOGETHER
     partials  what `highest` has stored for each query
     state     address of STATE_BYTES
     """
     before = m.load(b, state, m.FLOATS)
     maxima = _larger(b, before, _reduce(b, rows, partials, partial(_larger, b)))
-    decays = m.exp(b, b.fsub(before, maxima))
     m.store(b, state, maxima)
-    m.store(b, b.add(state, integer(DECAYS)), decays)
+    m.store(b, b.add(state, integer(DECAYS)), m.exp(b, b.fsub(before, maxima)))
+
+
+def _weigh(half: bool, b: Any, rows: Any, scores: Any, row_bytes: Any, vectors: Any, partials: Any,
+           state: Any) -> None:  # fmt: skip
+    """Replace the scores of *rows* queries by weights, in place, and store 16 sums of those of each query.
+
+    scores    [rows, 16 x vectors] float32, rows *row_bytes* apart. For bfloat16 memory, weights are bfloat16
+              and fill the first half of the space of a row
+    vectors   a multiple of TOGETHER
+    partials  [rows, 16] float32; receives the sums
+    """
 
     def weigh_row(row: Any, _: list[Any]) -> list[Any]:
         start = b.add(scores, b.mul(row, row_bytes))
@@ -123,6 +130,16 @@ def _softmax(half: bool, b: Any, rows: Any, scores: Any, row_bytes: Any, vectors
         return []
 
     m.counted_loop(b, rows, [], weigh_row)
+
+
+weigh_scores_half = m.make_intrinsic([_i8] * 6, partial(_weigh, True))
+weigh_scores_full = m.make_intrinsic([_i8] * 6, partial(_weigh, False))
+
+
+@m.intrinsic([_i8, _i8, _i8])
+def add_totals(b: Any, rows: Any, partials: Any, state: Any) -> None:
+    """Add the weights of the keys to the sums of *rows* queries of a tile, see `raise_maxima`."""
+    decays = m.load(b, b.add(state, integer(DECAYS)), m.FLOATS)
     so_far = b.fmul(m.load(b, b.add(state, integer(TOTALS)), m.FLOATS), decays)
     added = _reduce(b, rows, partials, lambda left, right: b.fadd(left, right))
     m.store(b, b.add(state, integer(TOTALS)), b.fadd(so_far, added))
@@ -140,10 +157,6 @@ def _reduce(b: Any, rows: Any, partials: Any, combine: Any) -> Any:
     for reduced, block in found:
         value.add_incoming(reduced, block)
     return value
-
-
-softmax_half = m.make_intrinsic([_i8] * 6, partial(_softmax, True))
-softmax_full = m.make_intrinsic([_i8] * 6, partial(_softmax, False))
 
 
 def _tanh(b: Any, x: Any) -> Any:
