@@ -19,6 +19,8 @@ from headrace.worker.engine.cpu.kernels.attend import scratch_bytes, tile_tokens
 from headrace.worker.engine.cpu.kernels.decoder_step import (
     COUNTER_BYTES,
     DECODER_LAYER,
+    GATED_BYTES,
+    GATED_ROWS,
     PARTS,
     PHASES,
     STEP,
@@ -170,7 +172,7 @@ class Decoder:
         step["layer_table"] = machine.address(self._layers)
         hidden, intermediate, width = int(step["hidden"][0]), int(step["intermediate"][0]), heads * head_dim
         longest = max(hidden, intermediate, width)
-        scratch = max(scratch_bytes(head_dim, head_dim), 4 * longest)
+        scratch = max(scratch_bytes(head_dim, head_dim), 4 * longest, GATED_ROWS * GATED_BYTES)
         scratch = -(-scratch // 64) * 64
         self._scratch = _bytes(scratch * threads)
         step["scratch"], step["scratch_bytes"] = self._scratch.data_ptr(), scratch
@@ -183,6 +185,8 @@ class Decoder:
             "residual": 4 * hidden,
             "activations": ELEMENT_BYTES[weights.element_type] * longest,
             "scales": 4 * (longest // GROUP + 1),
+            "gated": ELEMENT_BYTES[weights.element_type] * intermediate,
+            "gated_scales": 4 * (intermediate // GROUP + 1),
             "projected": 4
             * PANEL
             * max(int(self._layers[name]["count"].max()) for name in ("qkv", "gate_up")),

@@ -27,9 +27,20 @@ from headrace.worker.engine.cpu.kernels.block_products import (
     weigh_half,
     weigh_half_last,
 )
-from headrace.worker.engine.cpu.kernels.elementwise import load_float, pointer, store_float
+from headrace.worker.engine.cpu.kernels.elementwise import pointer
 from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, to_bfloat16
-from headrace.worker.engine.cpu.kernels.softmax import softmax_full, softmax_half
+from headrace.worker.engine.cpu.kernels.softmax import (
+    DECAYS,
+    PARTIAL_BYTES,
+    STATE_BYTES,
+    TOGETHER,
+    TOTALS,
+    add_totals,
+    highest,
+    raise_maxima,
+    weigh_scores_full,
+    weigh_scores_half,
+)
 
 # How many blocks ahead of the computation memory is prefetched. The prefetcher of the CPU
 # cannot: each block is somewhere else.
@@ -38,7 +49,8 @@ _AHEAD = KEY_TILE // BLOCK
 
 def scratch_bytes(head_dim: int, value_dim: int) -> int:
     """Return how many bytes of scratch memory one thread needs."""
-    return MAX_QUERY_ROWS * (head_dim + KEY_TILE + value_dim + 2) * 4 + 8 * _AHEAD
+    rows = MAX_QUERY_ROWS * (head_dim + KEY_TILE + value_dim) * 4
+    return rows + STATE_BYTES + PARTIAL_BYTES + 2 * 8 * _AHEAD
 
 
 @m.jit
@@ -77,7 +89,12 @@ def attend_tile(
     scores = own + 4 * MAX_QUERY_ROWS * dim
     sums = scores + 4 * MAX_QUERY_ROWS * KEY_TILE
     states = sums + 4 * MAX_QUERY_ROWS * wide
+    partials = states + STATE_BYTES
     words = (dim + 1) // 2 if layer.half else dim
+    maxima = carray(pointer(states), (m.LANES,), np.float32)
+    totals = carray(pointer(states + TOTALS), (m.LANES,), np.float32)
+    for r in range(m.LANES):
+        maxima[r], totals[r] = -1e30, 0.0
     total = carray(pointer(sums), (MAX_QUERY_ROWS, wide), np.float32)
     for r in range(rows):
         source = queries + query_row * (begin + r // group) + 4 * dim * (head + r % group)
@@ -93,8 +110,6 @@ def attend_tile(
                 scaled[d] = query[d] * layer.scale
         for d in range(wide):
             total[r, d] = 0.0
-        store_float(states + 8 * r, np.float32(-1e30))
-        store_float(states + 8 * r + 4, np.float32(0.0))
     last = positions[begin + count - 1]
     first, stop = _first_key(layer, ragged, tile), last // BLOCK + 1
     next_row = ragged.blocks + 4 * ragged.table_width * table[next_tile, 0]
@@ -102,10 +117,12 @@ def attend_tile(
     next_first = _first_key(layer, ragged, next_tile) // BLOCK
     next_last = positions[table[next_tile, 1] + table[next_tile, 2] - 1] // BLOCK
     distance = min(_AHEAD, stop - first // BLOCK)
-    key_block, value_block, packed = 128 * words, 4 * BLOCK * wide, 4 * BLOCK
-    if layer.half:
-        value_block, packed = value_block // 2, packed // 2
-    aheads = carray(pointer(states + 8 * MAX_QUERY_ROWS), (_AHEAD,), np.int64)
+    key_block = 128 * words
+    value_block = (2 if layer.half else 4) * BLOCK * wide
+    value_places = partials + PARTIAL_BYTES
+    next_places = value_places + 8 * _AHEAD
+    values = carray(pointer(value_places), (_AHEAD,), np.int64)
+    next_values = carray(pointer(next_places), (_AHEAD,), np.int64)
     for start in range(first, last + 1, KEY_TILE):
         begins = start // BLOCK
         many = min(KEY_TILE // BLOCK, stop - begins)
@@ -116,53 +133,47 @@ def attend_tile(
             keys = layer.keys + block * key_block
             coming = begins + i + distance
             if coming < stop:
-                aheads[i] = np.int64(blocks[coming]) * layer.kv_heads + kv_head
+                next_block = np.int64(blocks[coming]) * layer.kv_heads + kv_head
             else:
                 coming = min(next_first + coming - stop, next_last)
-                aheads[i] = np.int64(next_blocks[coming]) * layer.kv_heads + next_kv_head
-            ahead = layer.keys + aheads[i] * key_block
+                next_block = np.int64(next_blocks[coming]) * layer.kv_heads + next_kv_head
+            values[i] = layer.values + block * value_block
+            next_values[i] = layer.values + next_block * value_block
+            ahead = layer.keys + next_block * key_block
             if layer.half:
                 score_half(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
             else:
                 score_full(rows, own, keys, words, scores + 4 * BLOCK * i, ahead)
+        vectors = (many * (BLOCK // m.LANES) + TOGETHER - 1) // TOGETHER * TOGETHER
         for r in range(rows):
             position = positions[begin + r // group]
             end = min(max(position + 1 - start, 0), KEY_TILE)
             lowest = 0
             if layer.window > 0:
                 lowest = max(position - layer.window + 1 - start, 0)
-            place, state, vectors = scores + 4 * KEY_TILE * r, states + 8 * r, many * (BLOCK // 16)
+            highest(scores + 4 * KEY_TILE * r, vectors, lowest, end, layer.softcap, partials + 64 * r)
+        raise_maxima(rows, partials, states)
+        if layer.half:
+            weigh_scores_half(rows, scores, 4 * KEY_TILE, vectors, partials, states)
+        else:
+            weigh_scores_full(rows, scores, 4 * KEY_TILE, vectors, partials, states)
+        add_totals(rows, partials, states)
+        visible, decays = min(last + 1 - start, KEY_TILE), states + DECAYS
+        for column in range(0, wide, 32):
+            at, sum_ = 4 * column, sums + 4 * column
             if layer.half:
-                decay = softmax_half(place, vectors, lowest, end, layer.softcap, state)
-            else:
-                decay = softmax_full(place, vectors, lowest, end, layer.softcap, state)
-            if decay != np.float32(1.0):
-                for d in range(wide):
-                    total[r, d] *= decay
-        for i in range(many):
-            block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
-            values = layer.values + block * value_block
-            ahead = layer.values + aheads[i] * value_block
-            visible = min(last + 1 - start - i * BLOCK, BLOCK)
-            weights = scores + packed * i
-            column = 0
-            while column < wide:
-                whole = column + 32 <= wide
-                place, sum_, next_ = values + column * 4, sums + column * 4, ahead + column * packed
-                if layer.half:
-                    if whole:
-                        weigh_half(rows, weights, visible, place, wide, sum_, next_)
-                    else:
-                        weigh_half_last(rows, weights, visible, place, wide, sum_, next_)
-                elif whole:
-                    weigh_full(rows, weights, visible, place, wide, sum_, next_)
+                if column + 32 <= wide:
+                    weigh_half(rows, scores, visible, value_places, at, wide, sum_, decays, next_places)
                 else:
-                    weigh_full_last(rows, weights, visible, place, wide, sum_, next_)
-                column += 32
+                    weigh_half_last(rows, scores, visible, value_places, at, wide, sum_, decays, next_places)
+            elif column + 32 <= wide:
+                weigh_full(rows, scores, visible, value_places, at, wide, sum_, decays, next_places)
+            else:
+                weigh_full_last(rows, scores, visible, value_places, at, wide, sum_, decays, next_places)
     for r in range(rows):
         place = out + out_row * (begin + r // group) + 4 * wide * (head + r % group)
         result = carray(pointer(place), (wide,), np.float32)
-        share = np.float32(1.0) / load_float(states + 8 * r + 4)
+        share = np.float32(1.0) / totals[r]
         for d in range(wide):
             result[d] = total[r, d] * share
 

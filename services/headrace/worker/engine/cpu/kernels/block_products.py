@@ -62,43 +62,60 @@ def _scores(rows: int, half: bool) -> Any:
 
 
 def _weigh(rows: int, half: bool, vectors: int) -> Any:
-    """Make the kernel that adds the weighted values of a block to *rows* sums of 16 x *vectors* columns.
+    """Make the kernel that adds the weighted values of some blocks to *rows* sums of 16 x *vectors* columns.
 
-    Arguments: weights [rows, words], rows 4 KEY_TILE bytes apart; the number of visible tokens; values
-    [words, value_dim words]; value_dim; sums [rows, value_dim] float32; and an address to prefetch as many
-    words of 32 numbers from.
+    Arguments: weights [rows, words], rows 4 KEY_TILE bytes apart; the number of visible tokens; the addresses
+    of the values of the blocks, [words, value_dim words] each; the offset of the first column in a row of
+    them; value_dim; sums [rows, value_dim] float32, which are multiplied by factors [rows] float32 before;
+    and the addresses of as many blocks to prefetch.
     """
 
-    def emit(b: Any, weights: Any, tokens: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
+    def emit(
+        b: Any, weights: Any, tokens: Any, blocks: Any, column: Any, value_dim: Any, sums: Any, factors: Any,
+        aheads: Any,
+    ) -> None:  # fmt: skip
         places, carried = [], []
         for r in range(rows):
             start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
             places += [b.add(start, integer(64 * i)) for i in range(vectors)]
-        carried = [m.load(b, place, m.FLOATS) for place in places]
-        count = b.lshr(b.add(tokens, integer(1)), integer(1)) if half else tokens
+            factor = m.splat(b, m.load(b, b.add(factors, integer(4 * r)), m.F32))
+            carried += [b.fmul(m.load(b, place, m.FLOATS), factor) for place in places[-vectors:]]
+        words = BLOCK // 2 if half else BLOCK
 
-        def body(word: Any, held: list[Any]) -> list[Any]:
-            _prefetch(b, ahead, word)
-            at = offset(b, values, b.mul(word, value_dim), 4)
-            found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in range(vectors)]
-            if half:
-                # After an odd number of tokens, the next one may be NaN, which a weight of 0 does not cancel.
-                both = b.icmp_signed("<", b.add(b.add(word, word), integer(1)), tokens)
-                keep = b.select(both, ir.Constant(m.I32, -1), ir.Constant(m.I32, 0xFFFF))
-                found = [b.and_(words, m.splat(b, keep)) for words in found]
-            new = []
-            for r in range(rows):
-                place = offset(b, b.add(weights, integer(4 * KEY_TILE * r)), word, 4)
-                weight = m.splat(b, m.load(b, place, m.I32))
-                new += [
-                    _multiply_word(b, half, held[vectors * r + i], weight, found[i]) for i in range(vectors)
-                ]
-            return new
+        def add_block(block: Any, so_far: list[Any]) -> list[Any]:
+            values = b.add(m.load(b, offset(b, blocks, block, 8), m.I64), column)
+            ahead = b.add(m.load(b, offset(b, aheads, block, 8), m.I64), b.mul(column, integer(words)))
+            left = b.sub(tokens, b.mul(block, integer(BLOCK)))
+            left = b.select(b.icmp_signed("<", left, integer(BLOCK)), left, integer(BLOCK))
+            own = offset(b, weights, block, 4 * words)
 
-        for place, value in zip(places, m.counted_loop(b, count, carried, body), strict=True):
+            def body(word: Any, held: list[Any]) -> list[Any]:
+                _prefetch(b, ahead, word)
+                at = offset(b, values, b.mul(word, value_dim), 4)
+                found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in range(vectors)]
+                if half:
+                    # After an odd number of tokens, the next may be NaN, which a weight of 0 does not cancel.
+                    both = b.icmp_signed("<", b.add(b.add(word, word), integer(1)), left)
+                    keep = b.select(both, ir.Constant(m.I32, -1), ir.Constant(m.I32, 0xFFFF))
+                    found = [b.and_(numbers, m.splat(b, keep)) for numbers in found]
+                new = []
+                for r in range(rows):
+                    place = offset(b, b.add(own, integer(4 * KEY_TILE * r)), word, 4)
+                    weight = m.splat(b, m.load(b, place, m.I32))
+                    new += [
+                        _multiply_word(b, half, held[vectors * r + i], weight, found[i])
+                        for i in range(vectors)
+                    ]
+                return new
+
+            count = b.lshr(b.add(left, integer(1)), integer(1)) if half else left
+            return m.counted_loop(b, count, so_far, body)
+
+        count = b.lshr(b.add(tokens, integer(BLOCK - 1)), integer(BLOCK.bit_length() - 1))
+        for place, value in zip(places, m.counted_loop(b, count, carried, add_block), strict=True):
             m.store(b, place, value)
 
-    return m.make_intrinsic([_i8] * 6, emit)
+    return m.make_intrinsic([_i8] * 8, emit)
 
 
 def _dispatch(make: Any, arguments: int) -> Any:
@@ -116,7 +133,7 @@ def _dispatch(make: Any, arguments: int) -> Any:
 
 score_half = _dispatch(lambda rows: _scores(rows, True), 5)
 score_full = _dispatch(lambda rows: _scores(rows, False), 5)
-weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 6)
-weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 6)
-weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 6)
-weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 6)
+weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 8)
+weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 8)
+weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 8)
+weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 8)

@@ -24,16 +24,21 @@ from headrace.worker.engine.cpu.kernels.elementwise import (
     copy_row,
     pack_row,
     pointer,
+    rotate_vector,
     scale_row,
     silu_row,
     sum_of_squares,
     widen_row,
 )
-from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, store_token
-from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
+from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, prefetch_token, store_token
+from headrace.worker.engine.cpu.kernels.matmul import GROUP, MATRIX, multiply_panel
 
 PHASES = 10  # per layer, each with its own counter
 COUNTER_BYTES = team.CACHE_LINE
+GATED_ROWS = 64  # rows of gates, and of as many numbers to be gated, that one thread holds
+GATED_BYTES = 2 * 4 * GROUP  # of each of these rows
+STORE, ADD, GATE = range(3)  # what a product does with its results, see `_multiply`
+MOST_TOKENS = 16  # that one thread takes at once, to rotate and store them
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
 DECODER_LAYER = np.dtype(
@@ -77,6 +82,8 @@ STEP = np.dtype(
         ("residual", np.int64),  # [tokens, hidden] float32
         ("activations", np.int64),  # [tokens, longest row], in the format of `matmul`
         ("scales", np.int64),  # [tokens, groups of the longest row] float32
+        ("gated", np.int64),  # [tokens, intermediate], in the format of `matmul`
+        ("gated_scales", np.int64),  # [tokens, groups] float32
         ("projected", np.int64),  # [tokens, widest result of qkv or gate_up] float32
         ("attended", np.int64),  # [tokens, heads x head_dim] float32
         ("failures", np.int64),  # address of a `team.FailureState`
@@ -87,12 +94,13 @@ STEP = np.dtype(
     ]
 )
 
-# The parts that `cycles` counts. Its last entry is the time at which the last part ended.
+# The parts that `cycles` counts; "gate and up" includes the activation where groups divide a row. The last
+# entry of `cycles` is the time at which the last part ended.
 PARTS = (
     "embedding", "attention norm", "qkv", "rotation and store", "attention", "pack", "output",
     "feed-forward norm", "gate and up", "activation", "down", "head",
 )  # fmt: skip
-_LAST = len(PARTS)  # index of the time at which the last part ended
+_LAST = len(PARTS)  # index of this time
 
 
 @machine.intrinsic([], types.int64)
@@ -113,28 +121,66 @@ def _count_cycles(step: Any, part: int) -> None:
 
 @machine.jit
 def _multiply(
-    step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
-) -> None:
-    """Multiply the activations by a matrix; threads share its panels."""
+    step: Any, part: int, phase: int, what: int, matrix: Any, rows: int, a: int, a_scales: int, out: int,
+    out_row: int,
+) -> None:  # fmt: skip
+    """Multiply activations by a matrix; threads share its panels.
+
+    what   STORE results, or ADD them to existing values. To GATE, *matrix* is gate_up, and threads share
+           groups of GROUP results of the activation. A thread computes all of a group, and holds its factors
+           for some rows in its own scratch memory, at *out*: cores exchange activations, which have an
+           eighth of the bytes. One function for all: each call of `multiply_panel` takes long to compile
+    """
     counter = step.counters + COUNTER_BYTES * phase
-    panel = team.claim(counter)
-    while panel < matrix.count:
+    gate = what == GATE
+    groups = matrix.count // 4
+    items, each, most = (groups, 4, GATED_ROWS) if gate else (matrix.count, 1, rows)
+    a_row, scales_row = 4 * matrix.words, matrix.words // (GROUP // 4) * 4
+    item = team.claim(counter)
+    while item < items:
         following = team.claim(counter)
-        multiply_panel(
-            step.element_type,
-            add,
-            matrix,
-            panel,
-            following,
-            rows,
-            step.activations,
-            step.scales,
-            out + 128 * panel,
-            out_row,
-        )
-        panel = following
+        coming = 2 * following if gate else following
+        if following >= items:
+            coming = matrix.count
+        for begin in range(0, rows, most):
+            some = min(rows - begin, most)
+            for i in range(each):
+                panel, ahead, place = item, coming, out + 128 * item
+                if gate:  # two panels of gates, then two of numbers to be gated
+                    panel = 2 * item + i % 2 + i // 2 * 2 * groups
+                    place = out + 128 * i
+                    if i < 3:
+                        ahead = 2 * item + (i + 1) % 2 + (i + 1) // 2 * 2 * groups
+                    elif begin + some < rows:
+                        ahead = matrix.count
+                multiply_panel(
+                    step.element_type,
+                    what == ADD,
+                    matrix,
+                    panel,
+                    ahead,
+                    some,
+                    a + begin * a_row,
+                    a_scales + begin * scales_row,
+                    place,
+                    out_row,
+                )
+            if gate:
+                for row in range(some):
+                    gates = out + row * out_row
+                    _activate(step, gates, gates, GROUP, begin + row, item)
+        item = following
     team.barrier(step.failures)
     _count_cycles(step, part)
+
+
+@machine.jit
+def _activate(step: Any, gates: int, scratch: int, length: int, row: int, part: int) -> None:
+    """Store the activation of some numbers of a row, which follow their gates; they are part *part* of it."""
+    silu_row(gates, gates + 4 * length, length // 16, scratch)
+    at = row * step.intermediate + part * length
+    scales = step.gated_scales + 4 * (row * (step.intermediate // GROUP) + part)
+    pack_row(step.element_type, scratch, length, step.gated + at * _element_bytes(step), scales)
 
 
 @machine.jit
@@ -144,33 +190,31 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     mean = sum_of_squares(x, vectors) / np.float32(step.hidden)
     factor = np.float32(1.0) / np.sqrt(np.float32(mean + step.epsilon))
     scale_row(x, factor, weights, vectors, scratch)
-    _pack(step, scratch, step.hidden, row)
+    _pack(step, scratch, step.hidden, row, step.activations, step.scales)
 
 
 @machine.jit
 def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
     """Store the norms of all rows as activations; threads share the rows."""
     counter = step.counters + COUNTER_BYTES * phase
-    while True:
-        row = team.claim(counter)
-        if row >= step.ragged.tokens:
-            break
+    row = team.claim(counter)
+    while row < step.ragged.tokens:
         _normalise(step, step.residual + 4 * step.hidden * row, weights, row, scratch)
+        row = team.claim(counter)
     team.barrier(step.failures)
     _count_cycles(step, part)
 
 
 @machine.jit
-def _pack(step: Any, x: int, length: int, row: int) -> None:
-    """Store one row of floats as activations of the next product."""
-    size = 1 if step.element_type == 0 else (2 if step.element_type == 1 else 4)
-    pack_row(
-        step.element_type,
-        x,
-        length,
-        step.activations + row * length * size,
-        step.scales + 4 * row * (length // 64),
-    )
+def _element_bytes(step: Any) -> int:
+    return 1 if step.element_type == 0 else (2 if step.element_type == 1 else 4)
+
+
+@machine.jit
+def _pack(step: Any, x: int, length: int, row: int, out: int, scales: int) -> None:
+    """Store one row of floats as activations of a product."""
+    place = out + row * length * _element_bytes(step)
+    pack_row(step.element_type, x, length, place, scales + 4 * row * (length // GROUP))
 
 
 @machine.jit
@@ -197,6 +241,9 @@ def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
             factor = np.float32(1.0) / np.sqrt(np.float32(total / np.float32(dim) + step.epsilon))
             for d in range(dim):
                 vector[d] = vector[d] * factor * weights[d]
+        if half % 16 == 0:
+            rotate_vector(place, step.cosines + at, step.sines + at, half // 16)
+            continue
         for d in range(half):
             left, right = vector[d], vector[d + half]
             vector[d] = left * cosines[d] - right * sines[d]
@@ -211,17 +258,24 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     residual_row = 4 * step.hidden
     _normalise_all(step, 1, phase, layer.attention_norm, scratch)
     projected_row = 128 * layer.qkv.count
-    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.projected, projected_row)
+    a, a_scales = step.activations, step.scales
+    _multiply(step, 2, phase + 1, STORE, layer.qkv, tokens, a, a_scales, step.projected, projected_row)
     keys = 4 * own.heads * own.head_dim
     values = keys + 4 * own.kv_heads * own.head_dim
     counter = step.counters + COUNTER_BYTES * (phase + 2)
-    while True:
-        row = team.claim(counter)
-        if row >= tokens:
-            break
-        start = step.projected + row * projected_row
-        _rotate(step, layer, row, start)
-        store_token(step.failures, own, step.ragged, row, start + keys, start + values, own.value_dim)
+    # Neighbouring tokens write the same cache lines, so one thread takes some of them.
+    some = min(MOST_TOKENS, max(1, tokens // (8 * team.thread_count())))
+    row = some * team.claim(counter)
+    while row < tokens:
+        following = some * team.claim(counter)
+        for token in range(row, min(row + some, tokens)):
+            next_token = token + 1 if token + 1 < row + some else following
+            if next_token < tokens:
+                prefetch_token(own, step.ragged, next_token)
+            start = step.projected + token * projected_row
+            _rotate(step, layer, token, start)
+            store_token(step.failures, own, step.ragged, token, start + keys, start + values, own.value_dim)
+        row = following
     team.barrier(step.failures)
     _count_cycles(step, 3)
     width = own.heads * own.value_dim
@@ -246,36 +300,35 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     team.barrier(step.failures)
     _count_cycles(step, 4)
     counter = step.counters + COUNTER_BYTES * (phase + 4)
-    while True:
+    row = team.claim(counter)
+    while row < tokens:
+        _pack(step, step.attended + 4 * width * row, width, row, a, a_scales)
         row = team.claim(counter)
-        if row >= tokens:
-            break
-        place = step.attended + 4 * width * row
-        _pack(step, place, width, row)
     team.barrier(step.failures)
     _count_cycles(step, 5)
-    _multiply(step, 6, phase + 5, True, layer.output, tokens, step.residual, residual_row)
+    _multiply(step, 6, phase + 5, ADD, layer.output, tokens, a, a_scales, step.residual, residual_row)
 
 
 @machine.jit
 def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
-    residual_row = 4 * step.hidden
     _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
-    projected_row = 128 * layer.gate_up.count
-    _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.projected, projected_row)
-    counter = step.counters + COUNTER_BYTES * (phase + 2)
-    while True:
+    groups = step.intermediate % GROUP == 0
+    row_bytes = GATED_BYTES if groups else 128 * layer.gate_up.count
+    out, what = (scratch, GATE) if groups else (step.projected, STORE)
+    a, a_scales = step.activations, step.scales
+    _multiply(step, 8, phase + 1, what, layer.gate_up, tokens, a, a_scales, out, row_bytes)
+    if not groups:
+        counter = step.counters + COUNTER_BYTES * (phase + 2)
         row = team.claim(counter)
-        if row >= tokens:
-            break
-        gates = step.projected + row * projected_row
-        silu_row(gates, gates + 4 * step.intermediate, step.intermediate // 16, scratch)
-        _pack(step, scratch, step.intermediate, row)
-    team.barrier(step.failures)
-    _count_cycles(step, 9)
-    _multiply(step, 10, phase + 3, True, layer.down, tokens, step.residual, residual_row)
+        while row < tokens:
+            _activate(step, out + row * row_bytes, scratch, step.intermediate, row, 0)
+            row = team.claim(counter)
+        team.barrier(step.failures)
+        _count_cycles(step, 9)
+    a, a_scales = step.gated, step.gated_scales
+    _multiply(step, 10, phase + 3, ADD, layer.down, tokens, a, a_scales, step.residual, 4 * step.hidden)
 
 
 @machine.jit
@@ -309,7 +362,8 @@ def _decoder_step(step: Any) -> None:
         _normalise(step, step.residual + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
     team.barrier(step.failures)
     if step.sampled:
-        _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
+        a, a_scales, row_bytes = step.activations, step.scales, 128 * step.head.count
+        _multiply(step, 11, phase, STORE, step.head, step.sampled, a, a_scales, step.logits, row_bytes)
 
 
 @functools.cache

@@ -30,15 +30,13 @@ def _add(b: Any) -> Any:
     return lambda left, right: b.fadd(left, right)
 
 
-def _largest(b: Any) -> Any:
-    # llvm.maximum returns NaN if either operand is NaN: after quantisation it would look like a number.
-    return lambda left, right: m.call(
-        b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right
-    )
-
-
 def _magnitude(b: Any, value: Any) -> Any:
-    return m.call(b, f"llvm.fabs.v{m.LANES}f32", value)
+    """Return the bits of the magnitudes, as integers: these have the order of the numbers, NaN last."""
+    return b.and_(b.bitcast(value, m.INTS), m.ints(0x7FFFFFFF))
+
+
+def _largest(b: Any) -> Any:
+    return lambda left, right: b.select(b.icmp_signed(">", left, right), left, right)
 
 
 @m.intrinsic([_i8, _i8], _f4)
@@ -68,20 +66,49 @@ def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any)
 
 
 @m.intrinsic([_i8, _i8, _i8, _i8])
-def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
-    """Store gate * sigmoid(gate) * up in out."""
+def rotate_vector(b: Any, x: Any, cosines: Any, sines: Any, vectors: Any) -> None:
+    """Rotate each pair of numbers of x, in place: the first halves of pairs are followed by the second."""
+    second = m.offset(b, x, vectors, 64)
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
-        value = m.load(b, offset(b, gate, i, 64), m.FLOATS)
-        # The range of exp ends at 88, where the sigmoid is 0 already.
-        negative = b.fsub(m.floats(0.0), value)
-        bounded = b.select(b.fcmp_ordered(">", negative, m.floats(87.0)), m.floats(87.0), negative)
-        value = b.fdiv(value, b.fadd(m.floats(1.0), m.exp(b, bounded)))
-        value = b.fmul(value, m.load(b, offset(b, up, i, 64), m.FLOATS))
-        m.store(b, offset(b, out, i, 64), value)
+        places = [offset(b, start, i, 64) for start in (x, second)]
+        left, right = (m.load(b, place, m.FLOATS) for place in places)
+        cosine, sine = (m.load(b, offset(b, start, i, 64), m.FLOATS) for start in (cosines, sines))
+        m.store(b, places[0], b.fsub(b.fmul(left, cosine), b.fmul(right, sine)))
+        m.store(b, places[1], b.fadd(b.fmul(right, cosine), b.fmul(left, sine)))
         return []
 
     m.counted_loop(b, vectors, [], body)
+
+
+@m.intrinsic([_i8, _i8, _i8, _i8])
+def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
+    """Store gate * sigmoid(gate) * up in out."""
+
+    def some(begin: Any, together: int) -> Any:
+        def body(i: Any, carried: list[Any]) -> list[Any]:
+            at = b.add(begin, b.mul(i, integer(64 * together)))
+            places = [b.add(at, integer(64 * j)) for j in range(together)]
+            gates = [m.load(b, b.add(gate, place), m.FLOATS) for place in places]
+            # The range of exp ends at 87, where the sigmoid is 0 already.
+            bounded = []
+            for value in gates:
+                negative = b.fsub(m.floats(0.0), value)
+                above = b.fcmp_ordered(">", negative, m.floats(87.0))
+                bounded.append(b.select(above, m.floats(87.0), negative))
+            for place, value, power in zip(places, gates, m.exp_all(b, bounded), strict=True):
+                value = b.fdiv(value, b.fadd(m.floats(1.0), power))
+                value = b.fmul(value, m.load(b, b.add(up, place), m.FLOATS))
+                m.store(b, b.add(out, place), value)
+            return []
+
+        return body
+
+    whole, rest = b.lshr(vectors, integer(2)), b.and_(vectors, integer(3))
+    with b.if_then(b.icmp_signed(">", whole, integer(0))):
+        m.counted_loop(b, whole, [], some(integer(0), 4))
+    with b.if_then(b.icmp_signed(">", rest, integer(0))):
+        m.counted_loop(b, rest, [], some(b.mul(whole, integer(256)), 1))
 
 
 @m.intrinsic([_i8, _i8, _i8, _i8])
@@ -99,7 +126,8 @@ def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
         largest = _magnitude(b, values[0])
         for value in values[1:]:
             largest = _largest(b)(largest, _magnitude(b, value))
-        scale = b.fdiv(m.reduce(b, largest, _largest(b)), ir.Constant(m.F32, 127.0))
+        highest = b.bitcast(m.reduce(b, largest, _largest(b)), m.F32)
+        scale = b.fdiv(highest, ir.Constant(m.F32, 127.0))
         m.store(b, offset(b, scales, group, 4), scale)
         one, zero = ir.Constant(m.F32, 1.0), ir.Constant(m.F32, 0.0)
         # Below this the inverse overflows; such numbers are treated as 0.
@@ -163,15 +191,3 @@ def pack_row(element_type: int, x: int, length: int, out: int, scales: int) -> N
         bfloat16_row(x, length // 16, out)
     else:
         copy_row(x, length // 16, out)
-
-
-@m.intrinsic([_i8, _f4])
-def store_float(b: Any, address: Any, value: Any) -> None:
-    """Store one float32."""
-    m.store(b, address, value)
-
-
-@m.intrinsic([_i8], _f4)
-def load_float(b: Any, address: Any) -> Any:
-    """Load one float32."""
-    return m.load(b, address, m.F32)

@@ -28,6 +28,7 @@ CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # four 8-bit products per lane and instruction
+HAS_MASKS = bool(_FEATURES.get("avx512bw"))  # stores of some of the 16-bit lanes of a vector
 HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # two bfloat16 products per lane and instruction
 
 
@@ -208,24 +209,54 @@ def reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Va
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
-def exp(builder: Builder, x: Value) -> Value:
-    """Return e to the power of each lane, for inputs up to 88; exactly 1 at 0 and exactly 0 below -87.
+def reduce_rows(
+    builder: Builder, vectors: Sequence[Value], combine: Callable[[Value, Value], Value]
+) -> Value:
+    """Combine the lanes of each of 1, 2, 4, 8 or 16 vectors, in the order of `reduce`; all at once.
 
-    Range reduction by ln 2 and a polynomial of degree 6, relative error below 2e-7 (Cephes, expf.c).
+    Returns one vector, with the result of vector i in lane i.
     """
+    held = list(vectors)
+    width = LANES // 2
+    while width:
+        lanes = [lane for lane in range(LANES) if not lane & width]
+        lanes += [LANES + lane for lane in lanes]
+        order = [ir.Constant(INTS, [lane + step for lane in lanes]) for step in (0, width)]
+        pairs = zip(held[::2], held[1::2], strict=True) if len(held) > 1 else [(held[0], held[0])]
+        held = [combine(*(builder.shuffle_vector(*pair, each) for each in order)) for pair in pairs]
+        width //= 2
+    return held[0]
+
+
+def exp(builder: Builder, x: Value) -> Value:
+    """Return e to the power of each lane; see `exp_all`."""
+    return exp_all(builder, [x])[0]
+
+
+def exp_all(builder: Builder, x: Sequence[Value]) -> list[Value]:
+    """Return e to the power of each lane of some vectors.
+
+    For inputs up to 87; exactly 1 at 0 and exactly 0 below -87. Range reduction by ln 2 and a polynomial of
+    degree 6, relative error below 2e-7 (Cephes, expf.c). Each instruction waits for the previous one of its
+    vector, so those of several vectors are emitted in turns.
+    """
+    b = builder
     log2e, high, low = 1.44269504088896341, 0.693359375, -2.12194440e-4
-    n = call(builder, f"llvm.rint.v{LANES}f32", builder.fmul(x, floats(log2e)))
-    r = fma(builder, n, floats(-high), x)
-    r = fma(builder, n, floats(-low), r)
-    p = floats(1.9875691500e-4)
+    # The sum is so large that its last bits are the integer n + 128: shifted, they are the exponent of
+    # 2 ** (n + 1), so the polynomial is half of the power of the rest.
+    large = floats(1.5 * 2.0**23 + 128.0)
+    sums = [b.fmul(each, floats(log2e)) for each in x]
+    sums = [b.fadd(each, large) for each in sums]
+    n = [b.fsub(each, large) for each in sums]
+    r = [fma(b, whole, floats(-high), each) for whole, each in zip(n, x, strict=True)]
+    r = [fma(b, whole, floats(-low), each) for whole, each in zip(n, r, strict=True)]
+    p = [floats(1.9875691500e-4 / 2)] * len(x)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0):
-        p = fma(builder, p, r, floats(coefficient))
-    # Below the range the conversion is undefined; its result is not used.
-    safe = builder.select(builder.fcmp_ordered(">", x, floats(-87.0)), n, floats(0.0))
-    bits = builder.shl(builder.add(builder.fptosi(safe, INTS), ints(127)), ints(23))
-    whole = builder.fmul(p, builder.bitcast(bits, FLOATS))
-    below = builder.fcmp_ordered("<=", x, floats(-87.0))  # false for NaN, which stays NaN
-    return builder.select(below, floats(0.0), whole)
+        p = [fma(b, power, each, floats(coefficient / 2)) for power, each in zip(p, r, strict=True)]
+    powers = [b.bitcast(b.shl(b.bitcast(each, INTS), ints(23)), FLOATS) for each in sums]
+    results = [b.fmul(each, power) for each, power in zip(p, powers, strict=True)]
+    below = [b.fcmp_ordered("<=", each, floats(-87.0)) for each in x]  # false for NaN, which stays NaN
+    return [b.select(zero, floats(0.0), each) for zero, each in zip(below, results, strict=True)]
 
 
 def counted_loop(
