@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from headrace.flushing import Flusher, chooses_flushing
-from headrace.multiplex.call import Call
+from headrace.multiplex.call import Call, Take
 from headrace.multiplex.joining import joined
 from headrace.v1 import generation_pb2 as pb
 
@@ -48,7 +48,7 @@ class SharedCall:
 
     __slots__ = (
         "_arrived", "_credit_at", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_handle",
-        "_instead", "_most", "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at",
+        "_instead", "_most", "_ready", "_received", "_stream", "_take", "_waiter", "deadline", "gathered_at",
         "metadata", "request",
     )  # fmt: skip
 
@@ -73,6 +73,7 @@ class SharedCall:
         self._credit_at = CREDIT // 2
         self._ready = False  # whether `next` returns without waiting
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Take | None = None
         self._error: BaseException | None = None
         self._ended = False
         self._instead: Call | None = None
@@ -94,16 +95,17 @@ class SharedCall:
         if self._arrived:
             response = self._arrived.popleft()
             self._ready = bool(self._arrived) or self._ended
-            read = self._received - len(self._arrived)
-            if read >= self._credit_at and not self._ended:
-                self._credit_at = read + CREDIT // 2
-                self._stream.grant(self._handle, read + CREDIT)
+            self._grant()
             return response
         if self._instead is not None:
             return await self._instead.next()
         if self._error is not None:
             raise self._error
         return None
+
+    def offer(self, take: Take) -> None:
+        """See `call.Call`."""
+        self._take = take
 
     def cancel(self) -> None:
         """See `call.Call`."""
@@ -124,9 +126,14 @@ class SharedCall:
 
     # For the stream.
 
-    def receive(self, response: pb.GenerateResponse) -> bool:
-        """Take the next event. Returns whether it is the last one."""
+    def receive(self, response: pb.GenerateResponse, *, alone: bool = False) -> bool:
+        """Take the next event. Returns whether it is the last one.
+
+        alone   no further event of this call has arrived. Otherwise the reader takes them together
+        """
         self._received += 1
+        if alone and self._take is not None and self._offered(response, self._take):
+            return False
         arrived = self._arrived
         if not (arrived and self._gathers and joined(arrived[-1], response, self._most)):
             arrived.append(response)
@@ -140,6 +147,29 @@ class SharedCall:
         elif self.gathered_at < 0:
             self._flusher.watch(self)
         return self._ended
+
+    def _offered(self, response: pb.GenerateResponse, take: Take) -> bool:
+        """Offer an event, and return whether nothing is left to do with it."""
+        waiter = self._waiter
+        # Nothing has arrived before it if the reader waits, except what is gathered. A reader that was
+        # cancelled is done.
+        if waiter is None or waiter.done() or self._arrived or not response.HasField("delta"):
+            return False
+        try:
+            taken = take(response)
+        except Exception as error:
+            self.fail(error)
+            return True
+        if taken:
+            self._grant()
+        return taken
+
+    def _grant(self) -> None:
+        """Raise the credit if the reader has taken enough events."""
+        read = self._received - len(self._arrived)
+        if read >= self._credit_at and not self._ended:
+            self._credit_at = read + CREDIT // 2
+            self._stream.grant(self._handle, read + CREDIT)
 
     def flush(self) -> None:
         """Let the reader take what there is."""
