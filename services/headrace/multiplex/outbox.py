@@ -66,6 +66,8 @@ class Outbox:
     async def send(self, write: Callable[[wire.MultiplexResponse], Awaitable[None]]) -> None:
         """Wait until something is due, and send it in one message."""
         await self.has_unsent.wait()
+        # Some answers write where a message arrives, and others in their tasks, which it resumes: all in one.
+        await asyncio.sleep(0)
         self.has_unsent.clear()
         message, self.message = self.message, wire.MultiplexResponse()
         size = self._bytes

@@ -20,6 +20,9 @@ from headrace.multiplex.joining import joined
 from headrace.v1 import generation_pb2 as pb
 
 CREDIT = 64  # events that a server may send ahead of a call's reader
+# Events that a reader has taken when credit for as many more is sent. Once one has, credit for the others is
+# sent with it, if they have taken enough: else each call would need messages of its own.
+_GRANTED_AT, _JOINED_AT = CREDIT // 2, CREDIT // 4
 # Tokens of events that are gathered for a reader that is behind, with the most likely ones at each place.
 MAX_GATHERED = 1024
 
@@ -31,8 +34,8 @@ class Stream(Protocol):
         """Cancel a call."""
         ...
 
-    def grant(self, handle: int, events: int) -> None:
-        """Let the server send *events* events of a call, counted from its start."""
+    def grant(self) -> None:
+        """Let the server send further events of all calls that have `due_credit`."""
         ...
 
 
@@ -47,9 +50,9 @@ class SharedCall:
     """
 
     __slots__ = (
-        "_arrived", "_credit_at", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_handle",
-        "_instead", "_most", "_ready", "_received", "_stream", "_take", "_waiter", "deadline", "gathered_at",
-        "metadata", "request",
+        "_arrived", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_granted", "_handle",
+        "_instead", "_most", "_read", "_ready", "_received", "_stream", "_take", "_waiter", "deadline",
+        "gathered_at", "metadata", "request",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +73,8 @@ class SharedCall:
         self._flusher = flusher
         self._arrived: deque[pb.GenerateResponse] = deque()
         self._received = 0  # events
-        self._credit_at = CREDIT // 2
+        self._read = 0  # events that the reader has taken, of those that had arrived then
+        self._granted = 0  # the same when credit was sent
         self._ready = False  # whether `next` returns without waiting
         self._waiter: asyncio.Future[None] | None = None
         self._take: Take | None = None
@@ -165,11 +169,17 @@ class SharedCall:
         return taken
 
     def _grant(self) -> None:
-        """Raise the credit if the reader has taken enough events."""
-        read = self._received - len(self._arrived)
-        if read >= self._credit_at and not self._ended:
-            self._credit_at = read + CREDIT // 2
-            self._stream.grant(self._handle, read + CREDIT)
+        """Count the events that the reader has taken, and raise the credit if they are enough."""
+        self._read = self._received - len(self._arrived)
+        if self._read >= self._granted + _GRANTED_AT and not self._ended:
+            self._stream.grant()
+
+    def due_credit(self) -> int:
+        """Return the events that may be sent in all, if it is time to raise their number; otherwise 0."""
+        if self._ended or self._read < self._granted + _JOINED_AT:
+            return 0
+        self._granted = self._read
+        return self._granted + CREDIT
 
     def flush(self) -> None:
         """Let the reader take what there is."""

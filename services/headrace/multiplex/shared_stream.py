@@ -112,12 +112,14 @@ class SharedStream:
                 message = self._next_message()
             message.cancel.append(handle)
 
-    def grant(self, handle: int, events: int) -> None:
-        """Let the server send *events* events of a call, counted from its start."""
+    def grant(self) -> None:
+        """Let the server send further events of all calls that have `due_credit`."""
         message = self._message()
-        if len(message.credit) >= MAX_HANDLES:
-            message = self._next_message()
-        message.credit.add(handle=handle, events=events)
+        for handle, call in self._calls.items():
+            if events := call.due_credit():
+                if len(message.credit) >= MAX_HANDLES:
+                    message = self._next_message()
+                message.credit.add(handle=handle, events=events)
 
     async def close(self) -> None:
         """End the stream, and all calls on it as cancelled."""
