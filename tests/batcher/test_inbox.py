@@ -70,3 +70,55 @@ async def test_a_reader_that_was_cancelled_misses_nothing() -> None:
         await reading
 
     assert (await inbox.take()).ids == [1]
+
+
+async def test_tokens_are_offered_while_the_reader_waits_and_nothing_is_before_them() -> None:
+    """Otherwise they would overtake the tokens before them."""
+    inbox, offered = Inbox(Flusher()), list[list[int]]()
+
+    def take(ids: list[int], scores: object) -> bool:
+        offered.append(ids)
+        return True
+
+    inbox.offer(take)
+    assert not inbox.pass_on([1], [])
+    inbox.put([1], [])
+    await inbox.take()
+    assert not inbox.pass_on([2], [])
+
+    reading = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+    assert inbox.pass_on([2], [])
+    inbox.put([3], [])
+    assert not inbox.pass_on([4], [])
+
+    assert (offered, (await reading).ids) == ([[2]], [3])
+
+
+async def test_tokens_that_wait_for_more_are_not_offered() -> None:
+    inbox = Inbox(Flusher(tokens=2, seconds=60))
+    inbox.offer(lambda ids, scores: True)
+    inbox.put([1], [])
+    await inbox.take()
+    reading = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+
+    assert not inbox.pass_on([2], [])
+    reading.cancel()
+
+
+async def test_an_error_of_the_one_who_takes_fails_the_answer() -> None:
+    inbox = Inbox(Flusher())
+
+    def take(ids: list[int], scores: object) -> bool:
+        raise ZeroDivisionError
+
+    inbox.offer(take)
+    inbox.put([1], [])
+    await inbox.take()
+    reading = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+
+    assert inbox.pass_on([2], [])
+    with pytest.raises(ZeroDivisionError):
+        await reading

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from headrace.multiplex.serving import MAX_UNSENT_BYTES
+from headrace.multiplex.outbox import MAX_UNSENT_BYTES
 from headrace.runtime.serving.limits import Limits
 from headrace.v1 import multiplex_pb2 as wire
 from tests.harness import eventually

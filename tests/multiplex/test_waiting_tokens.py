@@ -24,7 +24,7 @@ class Unused:
     def cancel(self, handle: int) -> None:
         raise AssertionError
 
-    def grant(self, handle: int, events: int) -> None:
+    def grant(self) -> None:
         raise AssertionError
 
 
@@ -117,3 +117,58 @@ async def test_tokens_are_gathered_for_many_calls_and_not_for_a_few(monkeypatch:
         assert calls.flusher.tokens == 8
     with calls.counted(write):
         assert calls.flusher.tokens == 1
+
+
+async def test_a_delta_is_offered_while_the_reader_waits_and_nothing_is_before_it() -> None:
+    """Otherwise it would overtake the events before it."""
+    one, offered = call(None), list[str]()
+
+    def take(response: pb.GenerateResponse) -> bool:
+        offered.append(response.delta.text)
+        return True
+
+    one.offer(take)
+    one.receive(ACCEPTED, alone=True)
+    one.receive(delta(0), alone=True)
+    assert await taken(one) == ["-", "a"]
+
+    reading = asyncio.ensure_future(one.next())
+    await asyncio.sleep(0)
+    one.receive(delta(1), alone=True)
+    one.receive(delta(2), alone=False)
+    one.receive(delta(3), alone=True)
+
+    response = await reading
+    assert (offered, response and response.delta.text) == (["b"], "cd")
+
+
+async def test_what_is_not_taken_is_read() -> None:
+    one = call(None)
+    one.offer(lambda response: False)
+    reading = asyncio.ensure_future(one.next())
+    await asyncio.sleep(0)
+
+    one.receive(delta(0), alone=True)
+
+    response = await reading
+    assert response is not None
+    assert response.delta.text == "a"
+
+
+async def test_an_error_of_the_one_who_takes_ends_the_call_and_not_the_stream() -> None:
+    class Cancelled(Unused):
+        def cancel(self, handle: int) -> None:
+            assert handle == 1
+
+    one = SharedCall(Cancelled(), 1, pb.GenerateRequest(prompt="x"), None, (), None)
+
+    def take(response: pb.GenerateResponse) -> bool:
+        raise ZeroDivisionError
+
+    one.offer(take)
+    reading = asyncio.ensure_future(one.next())
+    await asyncio.sleep(0)
+
+    assert one.receive(delta(0), alone=True) is False
+    with pytest.raises(ZeroDivisionError):
+        await reading

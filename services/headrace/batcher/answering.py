@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.inbox import Take
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.recorded_text import RecordedText
 from headrace.batcher.text.token_texts import Spellings
 from headrace.batcher.text.tokens import Tokenizer
+from headrace.batcher.token_details import Score
 from headrace.deadline import Deadline
 from headrace.metrics.requests import CANCELLED, End, Timing, record
+from headrace.multiplex.outbox import EventWriter
 from headrace.multiplex.serving import Write
 from headrace.v1 import generation_pb2 as pb
 
@@ -124,6 +128,8 @@ class Answering:
             return
         with self._coalescer.admitted(job):  # which cancels it if the worker is still generating at the end
             await write(self._accepted(job))
+            if isinstance(write, EventWriter):
+                job.inbox.offer(_taking(answer, write))
             while not answer.done:
                 for event in answer.events_for(await self._coalescer.take(job)):
                     await write(event)
@@ -137,3 +143,15 @@ class Answering:
         accepted.prompt_tokens = len(job.prompt_ids)
         accepted.seed = job.sampling.seed
         return response
+
+
+def _taking(answer: AnswerEvents, writer: EventWriter) -> Take:
+    """Return a function that writes tokens as they arrive, past the task of the request."""
+
+    def take(ids: list[int], scores: Sequence[Score]) -> bool:
+        if not writer.ready or not answer.takes_now(ids):
+            return False
+        writer.write_now(answer.delta_for(ids, scores))
+        return True
+
+    return take

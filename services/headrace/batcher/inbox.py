@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from headrace import errors
 from headrace.batcher.token_details import Score
 from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
@@ -44,6 +43,8 @@ class WorkerChange:
 
 # What a reader may receive between tokens. A part of the prompt has at most the tokens of one event.
 InboxEvent: TypeAlias = WorkerChange | wire.PromptLogprobs
+# Takes tokens and their scores, or returns False without an effect.
+Take: TypeAlias = Callable[[list[int], Sequence[Score]], bool]
 
 
 class Arrival(NamedTuple):
@@ -53,7 +54,7 @@ class Arrival(NamedTuple):
     """
 
     ids: list[int]
-    scores: list[Score]
+    scores: Sequence[Score]
     end: SequenceEnd | None
     event: InboxEvent | None = None
 
@@ -76,9 +77,10 @@ class Inbox:
         self._unread = 0
         self._earlier: deque[Arrival] = deque()  # before the tokens above: everything up to the last event
         self._end: SequenceEnd | None = None
-        self._error: errors.HeadraceError | None = None
+        self._error: Exception | None = None
         self._ready = False
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Take | None = None
         self._first = True
 
     @property
@@ -122,6 +124,29 @@ class Inbox:
             self._flusher.watch(self)
         return accepted
 
+    def offer(self, take: Take) -> None:
+        """Offer tokens after the first to *take*, which returns whether it takes them, while `take` waits.
+
+        What *take* raises fails the answer.
+        """
+        self._take = take
+
+    def pass_on(self, ids: list[int], scores: Sequence[Score]) -> bool:
+        """Offer tokens, unless others wait before them or they wait for more. Returns whether they are taken.
+
+        Arguments as for `put`, which takes those that are not taken here.
+        """
+        waiter = self._waiter
+        if self._take is None or waiter is None or waiter.done():  # of a reader that was cancelled
+            return False
+        if self._first or self._ids or len(ids) < self._flusher.tokens or len(ids) > self.limit:
+            return False
+        try:
+            return self._take(ids, scores)
+        except Exception as error:
+            self.fail(error)
+            return True
+
     def put_event(self, event: InboxEvent) -> None:
         """Add an event; later tokens follow it.
 
@@ -139,7 +164,7 @@ class Inbox:
         self._end = end
         self.flush()
 
-    def fail(self, error: errors.HeadraceError) -> None:
+    def fail(self, error: Exception) -> None:
         """Fail the answer; `take` raises *error* after the tokens before it."""
         self._error = error
         self.flush()

@@ -30,7 +30,7 @@ from headrace.deadline import Deadline
 from headrace.endpoints.endpoint import Endpoint
 from headrace.endpoints.endpoints import Endpoints, Spread
 from headrace.flushing import Flusher
-from headrace.multiplex.call import Call
+from headrace.multiplex.call import Call, Take
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
@@ -317,11 +317,14 @@ class Client(TokenizerCalls, WholeAnswers):
         labels: Mapping[str, str | int] = _EMPTY,
         flusher: Flusher | None = None,
         attempts: Attempts | None = None,
+        take: Take | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Make one call, in a client span with events for the first token and the end, and stream its events.
 
         flusher   when tokens that were gathered on the shared stream are handed over; None: each at once
         attempts  those made for the same request
+        take      is offered each delta after the first while the reader waits: one that it takes is not among
+                  the events. See `headrace.multiplex.call.Call.offer`
 
         The other arguments are those of `generate`, which makes further attempts if this one fails.
         """
@@ -339,9 +342,12 @@ class Client(TokenizerCalls, WholeAnswers):
                 timeout = max(timeout - (time.monotonic() - began), 0.0)
             call = endpoint.start(request, timeout=timeout, metadata=headers, flusher=flusher)
             while (response := await call.next()) is not None:
-                if first and response.HasField("delta"):
-                    first = False
-                    span.add_event(attributes.EVENT_FIRST_TOKEN)
+                if response.HasField("delta"):
+                    if first:
+                        first = False
+                        span.add_event(attributes.EVENT_FIRST_TOKEN)
+                    if take is not None:
+                        call.offer(take)
                 elif response.HasField("accepted"):
                     self._endpoints.remember(response.accepted.request_id, endpoint)
                     if response.accepted.answer_id:

@@ -15,7 +15,7 @@ import grpc
 from headrace import errors, statuses
 from headrace.bearer import Authorization, Headers, authorized, no_authorization
 from headrace.flushing import Flusher
-from headrace.multiplex.call import Call
+from headrace.multiplex.call import Call, Take
 from headrace.multiplex.limits import LARGE_BYTES
 from headrace.multiplex.shared_call import SharedCall
 from headrace.multiplex.shared_stream import SharedStream
@@ -165,6 +165,9 @@ class _OwnCall:
         if response is None:
             raise errors.Unavailable(NOT_HEADRACE)
         return response if isinstance(response, pb.GenerateResponse) else None  # the end of the stream
+
+    def offer(self, take: Take) -> None:
+        """See `call.Call`. It offers none: each is a message, which `next` waits for."""
 
     def cancel(self) -> None:
         """See `call.Call`."""

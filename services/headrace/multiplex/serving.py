@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from headrace import errors, statuses
+from headrace import errors
 from headrace.deadline import Deadline
-from headrace.metrics import catalogue
 from headrace.metrics.requests import record_refusal
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
+from headrace.multiplex.outbox import EventWriter, Outbox
 from headrace.multiplex.request_identity import RequestIdentities
 from headrace.multiplex.stream_request import StreamRequest
 from headrace.runtime.security.identity import Identity, acting_as
@@ -43,9 +43,6 @@ TURN = 16
 MAX_STARTING = 64
 WATCH_SECONDS = 0.25  # between checks of deadlines
 CROSSING_SECONDS = 2.0  # for requests to arrive that crossed with the announcement that their stream ends
-# Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
-# read.
-MAX_UNSENT_BYTES = 1 << 20
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 
@@ -146,12 +143,7 @@ class _Stream:
         self._requests: dict[int, StreamRequest] = {}
         self._last_handle = 0
         self._complete = False  # no further request comes
-        self._unsent = wire.MultiplexResponse(welcome=wire.MultiplexWelcome(epoch=epoch))
-        self._unsent_bytes = 0
-        self._has_unsent = asyncio.Event()
-        self._has_unsent.set()
-        self._has_room = asyncio.Event()
-        self._has_room.set()
+        self._outbox = Outbox(epoch)
 
     async def read(self, message: Any, context: Context) -> None:
         """Handle the caller's messages, of which *message* is the first, until it half-closes."""
@@ -167,23 +159,16 @@ class _Stream:
 
     async def write(self, write: Callable[[wire.MultiplexResponse], Awaitable[None]]) -> None:
         """Send what is due until the stream is complete."""
-        while not (self._complete and not self._requests and not self._has_unsent.is_set()):
-            await self._has_unsent.wait()
-            self._has_unsent.clear()
-            message, self._unsent = self._unsent, wire.MultiplexResponse()
-            size = self._unsent_bytes
-            if message.ByteSize():
-                await write(message)
-            self._unsent_bytes -= size
-            self._has_room.set()
+        while not (self._complete and not self._requests and not self._outbox.has_unsent.is_set()):
+            await self._outbox.send(write)
 
     async def announce_drain(self) -> None:
         """Once the server drains, or the connection is old, have the caller use another stream; end this."""
         drain_began = self._calls.requests.drain_began.wait
         with suppress(TimeoutError):
             await asyncio.wait_for(drain_began(), self._calls.budget.limits.max_stream_age)
-        self._unsent.draining = True
-        self._has_unsent.set()
+        self._outbox.message.draining = True
+        self._outbox.has_unsent.set()
         # Requests that were sent before the caller reads this are answered, unless the server drains.
         with suppress(TimeoutError):
             await asyncio.wait_for(drain_began(), CROSSING_SECONDS)
@@ -216,7 +201,7 @@ class _Stream:
 
     def _finish(self) -> None:
         self._complete = True
-        self._has_unsent.set()
+        self._outbox.has_unsent.set()
 
     async def _handle(self, message: wire.MultiplexRequest) -> None:
         for handles, limit, name in (
@@ -230,10 +215,10 @@ class _Stream:
                     field=name,
                 )
         if message.ping:
-            self._unsent.pong = message.ping
-            self._has_unsent.set()
+            self._outbox.message.pong = message.ping
+            self._outbox.has_unsent.set()
         for first in range(0, len(message.open), TURN):
-            await self._until_room()  # requests that fail at once would fill the memory with errors
+            await self._outbox.until_room()  # requests that fail at once would fill the memory with errors
             await self._start_all(message.open[first : first + TURN])
         for credit in message.credit:
             if (request := self._requests.get(credit.handle)) is not None:
@@ -299,27 +284,7 @@ class _Stream:
     async def _run(self, request: StreamRequest, opened: wire.OpenRequest) -> None:
         """Answer one request, and end it on the stream."""
         error: errors.HeadraceError | None
-        finished = False
-
-        async def write(response: pb.GenerateResponse) -> None:
-            nonlocal finished
-            if finished:
-                return  # nothing follows the last event
-            if request.sent >= request.credit:
-                catalogue.CREDIT_STALLS.of(tier="", credit="reader").add()
-            while request.sent >= request.credit:
-                request.has_credit = asyncio.get_running_loop().create_future()
-                await request.has_credit
-            await self._until_room()
-            if not request.sent:
-                request.starting.release()
-            request.sent += 1
-            finished = response.HasField("finish")
-            event = self._unsent.events.add()
-            event.handle = request.handle
-            event.response.CopyFrom(response)
-            self._unsent_bytes += event.ByteSize()
-            self._has_unsent.set()
+        write = EventWriter(request, self._outbox)
 
         async def answer() -> None:
             seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
@@ -350,21 +315,9 @@ class _Stream:
         except Exception as raised:
             error = reported(raised, _GENERATE)
         del self._requests[request.handle]
-        if not finished:
-            self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
-        self._has_unsent.set()
-
-    async def _until_room(self) -> None:
-        while self._unsent_bytes > MAX_UNSENT_BYTES:
-            self._has_room.clear()
-            await self._has_room.wait()
-
-    def _end(self, handle: int, error: errors.HeadraceError) -> None:
-        event = self._unsent.events.add()
-        event.handle = handle
-        event.error.CopyFrom(statuses.to_status(error))
-        self._unsent_bytes += event.ByteSize()
-        drop_frames(error)
+        if not write.finished:
+            self._outbox.end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
+        self._outbox.has_unsent.set()
 
 
 async def _first(context: Context) -> Any:

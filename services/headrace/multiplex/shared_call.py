@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from headrace.flushing import Flusher, chooses_flushing
-from headrace.multiplex.call import Call
+from headrace.multiplex.call import Call, Take
 from headrace.multiplex.joining import joined
 from headrace.v1 import generation_pb2 as pb
 
 CREDIT = 64  # events that a server may send ahead of a call's reader
+# Events that a reader has taken when credit for as many more is sent. Once one has, credit for the others is
+# sent with it, if they have taken enough: else each call would need messages of its own.
+_GRANTED_AT, _JOINED_AT = CREDIT // 2, CREDIT // 4
 # Tokens of events that are gathered for a reader that is behind, with the most likely ones at each place.
 MAX_GATHERED = 1024
 
@@ -31,8 +34,8 @@ class Stream(Protocol):
         """Cancel a call."""
         ...
 
-    def grant(self, handle: int, events: int) -> None:
-        """Let the server send *events* events of a call, counted from its start."""
+    def grant(self) -> None:
+        """Let the server send further events of all calls that have `due_credit`."""
         ...
 
 
@@ -47,9 +50,9 @@ class SharedCall:
     """
 
     __slots__ = (
-        "_arrived", "_credit_at", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_handle",
-        "_instead", "_most", "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at",
-        "metadata", "request",
+        "_arrived", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_granted", "_handle",
+        "_instead", "_most", "_read", "_ready", "_received", "_stream", "_take", "_waiter", "deadline",
+        "gathered_at", "metadata", "request",
     )  # fmt: skip
 
     def __init__(
@@ -70,9 +73,11 @@ class SharedCall:
         self._flusher = flusher
         self._arrived: deque[pb.GenerateResponse] = deque()
         self._received = 0  # events
-        self._credit_at = CREDIT // 2
+        self._read = 0  # events that the reader has taken, of those that had arrived then
+        self._granted = 0  # the same when credit was sent
         self._ready = False  # whether `next` returns without waiting
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Take | None = None
         self._error: BaseException | None = None
         self._ended = False
         self._instead: Call | None = None
@@ -94,16 +99,17 @@ class SharedCall:
         if self._arrived:
             response = self._arrived.popleft()
             self._ready = bool(self._arrived) or self._ended
-            read = self._received - len(self._arrived)
-            if read >= self._credit_at and not self._ended:
-                self._credit_at = read + CREDIT // 2
-                self._stream.grant(self._handle, read + CREDIT)
+            self._grant()
             return response
         if self._instead is not None:
             return await self._instead.next()
         if self._error is not None:
             raise self._error
         return None
+
+    def offer(self, take: Take) -> None:
+        """See `call.Call`."""
+        self._take = take
 
     def cancel(self) -> None:
         """See `call.Call`."""
@@ -124,9 +130,14 @@ class SharedCall:
 
     # For the stream.
 
-    def receive(self, response: pb.GenerateResponse) -> bool:
-        """Take the next event. Returns whether it is the last one."""
+    def receive(self, response: pb.GenerateResponse, *, alone: bool = False) -> bool:
+        """Take the next event. Returns whether it is the last one.
+
+        alone   no further event of this call has arrived. Otherwise the reader takes them together
+        """
         self._received += 1
+        if alone and self._take is not None and self._offered(response, self._take):
+            return False
         arrived = self._arrived
         if not (arrived and self._gathers and joined(arrived[-1], response, self._most)):
             arrived.append(response)
@@ -140,6 +151,35 @@ class SharedCall:
         elif self.gathered_at < 0:
             self._flusher.watch(self)
         return self._ended
+
+    def _offered(self, response: pb.GenerateResponse, take: Take) -> bool:
+        """Offer an event, and return whether nothing is left to do with it."""
+        waiter = self._waiter
+        # Nothing has arrived before it if the reader waits, except what is gathered. A reader that was
+        # cancelled is done.
+        if waiter is None or waiter.done() or self._arrived or not response.HasField("delta"):
+            return False
+        try:
+            taken = take(response)
+        except Exception as error:
+            self.fail(error)
+            return True
+        if taken:
+            self._grant()
+        return taken
+
+    def _grant(self) -> None:
+        """Count the events that the reader has taken, and raise the credit if they are enough."""
+        self._read = self._received - len(self._arrived)
+        if self._read >= self._granted + _GRANTED_AT and not self._ended:
+            self._stream.grant()
+
+    def due_credit(self) -> int:
+        """Return the events that may be sent in all, if it is time to raise their number; otherwise 0."""
+        if self._ended or self._read < self._granted + _JOINED_AT:
+            return 0
+        self._granted = self._read
+        return self._granted + CREDIT
 
     def flush(self) -> None:
         """Let the reader take what there is."""

@@ -112,12 +112,14 @@ class SharedStream:
                 message = self._next_message()
             message.cancel.append(handle)
 
-    def grant(self, handle: int, events: int) -> None:
-        """Let the server send *events* events of a call, counted from its start."""
+    def grant(self) -> None:
+        """Let the server send further events of all calls that have `due_credit`."""
         message = self._message()
-        if len(message.credit) >= MAX_HANDLES:
-            message = self._next_message()
-        message.credit.add(handle=handle, events=events)
+        for handle, call in self._calls.items():
+            if events := call.due_credit():
+                if len(message.credit) >= MAX_HANDLES:
+                    message = self._next_message()
+                message.credit.add(handle=handle, events=events)
 
     async def close(self) -> None:
         """End the stream, and all calls on it as cancelled."""
@@ -185,15 +187,19 @@ class SharedStream:
                 if message.welcome.epoch != self._epoch:
                     raise errors.Unavailable(f"the welcome is for stream {message.welcome.epoch}")
                 self._welcomed.set()
-            for event in message.events:
-                call = calls.get(event.handle)
+            events = list(message.events)  # whose elements take as long to get as several of their fields
+            last = len(events) - 1
+            for at, event in enumerate(events):
+                handle = event.handle
+                call = calls.get(handle)
                 if call is None:
                     continue  # it was cancelled
                 if event.HasField("response"):
-                    if call.receive(event.response):
-                        del calls[event.handle]
+                    alone = at == last or events[at + 1].handle != handle
+                    if call.receive(event.response, alone=alone):
+                        del calls[handle]
                 elif event.HasField("error"):  # a later version may send other events
-                    del calls[event.handle]
+                    del calls[handle]
                     call.lose(statuses.from_status(event.error))
             if message.draining:
                 self.accepts_calls = False

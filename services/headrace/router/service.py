@@ -15,6 +15,7 @@ from headrace import attributes, errors
 from headrace.deadline import Deadline
 from headrace.flushing import chooses_flushing
 from headrace.metrics import catalogue
+from headrace.multiplex.outbox import EventWriter
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.facts import routing_request
@@ -177,6 +178,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             scorer=self._scorers.fingerprint(arm),
             watchers=self._watchers,
             arm=arm,
+            writer=write if isinstance(write, EventWriter) else None,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:

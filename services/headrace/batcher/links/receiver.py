@@ -151,14 +151,14 @@ class Receiver:
             return
         if delta.HasField("cached_tokens"):
             self._listener.prefilled(link, sequence.job, delta.cached_tokens, used_cache=not sequence.prompt)
-        rejected = self._deliver(sequence, ids, scores) if ids else 0
+        finish = delta.finish
+        ended = finish != pb.FINISH_REASON_UNSPECIFIED
+        rejected = self._deliver(sequence, ids, scores, ended=ended) if ids else 0
         if rejected:
             self._listener.dropped(sequence.job, rejected)
         if delta.HasField("error"):
             self._end(delta.handle, delta.attempt, statuses.from_status(delta.error))
             return
-        finish = delta.finish
-        ended = finish != pb.FINISH_REASON_UNSPECIFIED
         if ended and finish not in _FINISHES:
             raise errors.WorkerLost(f"the worker ended a sequence with {finish}, which is no reason")
         if not sequence.abandoned and (rejected or (not ended and sequence.job.inbox.full)):
@@ -196,9 +196,15 @@ class Receiver:
         self._listener.failed(self._link, job, fault)
 
     @staticmethod
-    def _deliver(sequence: InFlightSequence, ids: list[int], scores: Sequence[Score]) -> int:
-        """Put tokens into the job's inbox. Returns how many it rejected; those are dropped."""
+    def _deliver(sequence: InFlightSequence, ids: list[int], scores: Sequence[Score], *, ended: bool) -> int:
+        """Put tokens into the job's inbox. Returns how many it rejected; those are dropped.
+
+        ended   whether the end of the answer follows: then the last tokens travel with it
+        """
         job = sequence.job
+        if not (ended or sequence.abandoned) and job.inbox.pass_on(ids, scores):
+            job.generated += ids
+            return 0
         accepted = 0 if sequence.abandoned else job.inbox.put(ids, scores)
         if rejected := len(ids) - accepted:
             job.history.wasted += rejected

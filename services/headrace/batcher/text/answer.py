@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from google.protobuf import duration_pb2
 
@@ -13,7 +13,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, TextStream, last_with_text
 from headrace.batcher.text.token_texts import Spellings, TokenDescriber
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
-from headrace.batcher.token_details import TokenScores, tokens_per_event
+from headrace.batcher.token_details import Score, TokenScores, tokens_per_event
 from headrace.batcher.tools.parts import AnswerParts, has_content
 from headrace.metrics import catalogue
 from headrace.metrics.requests import End, Timing, finish_name, record
@@ -109,6 +109,15 @@ class AnswerEvents:
         if stopped is not None or end is not None:
             self._end = end
             yield from self.final_events(stopped, wasted=len(ids) - used)
+
+    def takes_now(self, ids: Sequence[int]) -> bool:
+        """Whether `delta_for` may be called with *ids*: they are one event, and cannot end the answer."""
+        return self._text.only_decodes and len(ids) <= self._max_ids
+
+    def delta_for(self, ids: list[int], scores: Sequence[Score]) -> pb.GenerateResponse:
+        """Return the event for tokens after the first."""
+        self._timing.add(len(ids), time.monotonic())
+        return self._delta(Arrival(ids, scores, None), 0, len(ids), self._text.feed(ids).text)
 
     def _between_tokens(self, event: InboxEvent) -> pb.GenerateResponse:
         response = pb.GenerateResponse()

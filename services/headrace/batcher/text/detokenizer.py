@@ -166,6 +166,8 @@ class TextStream:
     """Decodes ids to text up to the first stop text.
 
     markers   ids of special tokens that are decoded to texts. No stop text contains one, or spans it
+
+    only_decodes   whether nothing ends the text
     """
 
     def __init__(
@@ -178,7 +180,7 @@ class TextStream:
         self._stops = stops or StopRules()
         self._finder = StopFinder(self._stops.texts)
         self._markers = markers or {}
-        self._only_decodes = not (self._stops.texts or self._stops.ids or self._markers)
+        self.only_decodes = not (self._stops.texts or self._stops.ids or self._markers)
         self._count = 0
 
     @property
@@ -188,7 +190,7 @@ class TextStream:
     def feed(self, ids: Sequence[int]) -> Piece:
         """Decode the next ids. Do not call it again after a piece with a stop text."""
         decode = self._detokenizer.feed
-        if self._only_decodes:
+        if self.only_decodes:
             return Piece(decode(ids[0]) if len(ids) == 1 else "".join(map(decode, ids)), len(ids))
         texts = []
         used = 0

@@ -20,6 +20,7 @@ from typing import Protocol, TypeGuard
 from headrace import attributes, errors
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
+from headrace.multiplex.call import Take
 from headrace.progress import route_change
 from headrace.router.answering.forwarded_answer import ForwardedAnswer
 from headrace.router.state.batcher_peer import BatcherPeer, Stalled
@@ -39,6 +40,19 @@ _BATCHER_GONE = (errors.Unavailable, errors.BatcherLost, errors.Draining, errors
 _TIER_BUSY = (errors.NoWorkers, errors.WorkerDraining, errors.Overloaded, errors.UpstreamLost)
 
 
+class Direct(Protocol):
+    """A way to the caller for events that need not wait: past the generators, which are slow."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether an event can be delivered."""
+        ...
+
+    def deliver(self, response: pb.GenerateResponse) -> None:
+        """Deliver an event to the caller, while `ready`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A request as the router sends it to batchers.
@@ -48,6 +62,7 @@ class Outgoing:
     failover_seconds   how long an answer that lost its batcher waits for another one
     hops               routers that the request has passed before this one
     flusher            when tokens that are gathered for the caller are sent; None: none are gathered
+    direct             for deltas that arrive while the reader of the answer waits; None: all go by the reader
     """
 
     request: pb.GenerateRequest
@@ -55,6 +70,7 @@ class Outgoing:
     failover_seconds: float
     hops: int = 0
     flusher: Flusher | None = None
+    direct: Direct | None = None
 
 
 class Counted(Protocol):
@@ -178,6 +194,7 @@ async def on_tier(
                 deadline=outgoing.deadline,
                 hops=outgoing.hops,
                 flusher=outgoing.flusher,
+                take=None if outgoing.direct is None else _taking(answer, batcher, outgoing.direct),
                 **labels,
             )
             async with aclosing(stream) as responses:
@@ -204,6 +221,24 @@ async def on_tier(
         refused.clear()
         resume_until = min(Deadline(time.monotonic() + outgoing.failover_seconds), outgoing.deadline)
     raise none_left(tier, refused, answer.lost)
+
+
+def _taking(answer: ForwardedAnswer, batcher: BatcherPeer, direct: Direct) -> Take:
+    """Return a function that takes a delta of *batcher* and delivers it directly, if it can."""
+
+    def take(response: pb.GenerateResponse) -> bool:
+        if not direct.ready:
+            return False
+        try:
+            events = answer.take(response)
+        except errors.HeadraceError:
+            return False  # the reader gets it, and the same error
+        batcher.last_message = time.monotonic()
+        for event in events:
+            direct.deliver(event)
+        return True
+
+    return take
 
 
 def batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool = False) -> errors.HeadraceError:

@@ -86,15 +86,16 @@ class ForwardedAnswer(Progress):
         if event == "delta":
             if self._ending is not None:
                 raise errors.BatcherLost("the batcher sent a delta after the end of the answer's text")
+            delta = response.delta
             if self.text_only:
-                replies.check_text(response.delta, self.tokens, self._top)
+                replies.check_text(delta, self.tokens, self._top)
             else:
-                replies.check_delta(response.delta, len(self.ids), self._max_tokens)
+                replies.check_delta(delta, len(self.ids), self._max_tokens)
                 if self._top is not None:
-                    replies.check_tokens(response.delta, self._top)
-            if response.delta.tool_calls:
-                self._check_calls(response.delta)
-            if response.delta.token_count:
+                    replies.check_tokens(delta, self._top)
+            if delta.tool_calls:
+                self._check_calls(delta)
+            if delta.token_count:
                 if not self.tokens:  # in every attempt until a token is delivered
                     self._check_prompt()
                 self._last_token = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 
 from opentelemetry import trace
@@ -19,6 +19,7 @@ from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.metrics import catalogue
 from headrace.metrics.requests import Timing, finish_name
+from headrace.multiplex.outbox import EventWriter
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade, is_structured
@@ -47,6 +48,8 @@ class Journey:
     bill      what it used so far
     finish    why its answer is complete, such as "stop"; empty until it is
     timing    of the answer, as the caller receives it
+
+    writer    writes events to the caller, besides those that `answer` streams; None: all are streamed
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Journey:
         scorer: str,
         watchers: Watchers,
         arm: str = "",
+        writer: EventWriter | None = None,
     ) -> None:
         self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score, arm)
@@ -81,7 +85,9 @@ class Journey:
         # Only tiers whose answers may be drafts are asked for log-probabilities: a service outside of the
         # mesh may have none.
         self._checks_logprobs = self._may_draft and not self._shows_logprobs
-        self.outgoing = Outgoing(_outgoing(request), deadline, failover_seconds, hops, flusher)
+        # A draft may be held back.
+        direct = None if writer is None or self._may_draft else _Direct(self._deliver, writer)
+        self.outgoing = Outgoing(_outgoing(request), deadline, failover_seconds, hops, flusher, direct)
         self.bill = bill
         self.finish = ""
         self._watchers = watchers
@@ -108,7 +114,7 @@ class Journey:
         return self._accepted.model if self._accepted is not None else ""
 
     async def answer(self) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Stream the answer as the caller receives it."""
+        """Stream the answer as the caller receives it, except what goes to the writer."""
         responses = cascade(self) if self._may_draft else across_tiers(self)
         try:
             async with aclosing(responses):
@@ -277,9 +283,9 @@ class Journey:
         event = response.WhichOneof("event")
         if event == "delta":
             delta = response.delta
-            self._used.completion += delta.token_count
-            if delta.token_count:
-                self._timing.add(delta.token_count, time.monotonic())
+            if count := delta.token_count:
+                self._used.completion += count
+                self._timing.add(count, time.monotonic())
             if self._watched is not None:
                 self._watched.add(delta.text)
             if not self._shows_logprobs:
@@ -353,6 +359,26 @@ class Journey:
             cached_tokens=cached_tokens,
         )
         return prompt
+
+
+class _Direct:
+    """See `attempts.Direct`."""
+
+    __slots__ = ("_complete", "_writer")
+
+    def __init__(self, complete: Callable[[pb.GenerateResponse], None], writer: EventWriter) -> None:
+        self._complete = complete
+        self._writer = writer
+
+    @property
+    def ready(self) -> bool:
+        """See `attempts.Direct`."""
+        return self._writer.ready
+
+    def deliver(self, response: pb.GenerateResponse) -> None:
+        """See `attempts.Direct`."""
+        self._complete(response)
+        self._writer.write_now(response)
 
 
 def _outgoing(request: pb.GenerateRequest) -> pb.GenerateRequest:

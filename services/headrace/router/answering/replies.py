@@ -45,12 +45,11 @@ def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
     had          tokens of the answer before it
     max_tokens   that the request allows; infinite if it does not say
     """
-    count = delta.token_count
-    if len(delta.logprobs) not in (0, count):
-        raise errors.BatcherLost(
-            f"the batcher sent {len(delta.logprobs)} log-probabilities for {count} tokens"
-        )
-    _check_logprobs(delta.logprobs)
+    count, logprobs = delta.token_count, delta.logprobs
+    if logprobs:
+        if len(logprobs) != count:
+            raise errors.BatcherLost(f"the batcher sent {len(logprobs)} log-probabilities for {count} tokens")
+        _check_logprobs(logprobs)
     if count and had + count > max_tokens:
         raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
 

@@ -17,6 +17,7 @@ from headrace.channel import open_channel
 from headrace.client import Client
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
+from headrace.multiplex.call import Take
 from headrace.router.state.peer_reports import BadReply, read_tiers
 from headrace.runtime.serving.calls import Metadata
 from headrace.tls.files import TlsReader
@@ -58,6 +59,7 @@ class BatcherPeer:
     suspect    a stream of it broke; it gets no request before the next poll
     late       it did not reply to the last poll in time
     in_flight  answers that it streams to this router
+    last_message   time.monotonic() of its last message
 
     stall_seconds   it is lost if it sends nothing for so long, neither to polls nor on any stream
     tls             for calls over TLS; None: plaintext
@@ -78,7 +80,7 @@ class BatcherPeer:
         self._stall_seconds = stall_seconds
         channel = open_channel(address, tls=tls, server_name=server_name, direct=True)
         self._client = Client(channel, target=address, multiplex=True, stall_seconds=stall_seconds)
-        self._last_message = time.monotonic()
+        self.last_message = time.monotonic()
         self._poll_now = asyncio.Event()
 
     @property
@@ -104,12 +106,14 @@ class BatcherPeer:
         deadline: Deadline,
         hops: int = 0,
         flusher: Flusher | None = None,
+        take: Take | None = None,
         **labels: str | int,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream its answer. Raises the client's errors, and Stalled.
 
         hops     routers that the request has passed before this one
         flusher  when gathered tokens are handed over; None: each at once
+        take     as in `Client.attempt`; it sets `last_message`
         labels   attributes of the call's span
         """
         self.in_flight += 1
@@ -119,11 +123,12 @@ class BatcherPeer:
             metadata={HOPS: str(hops + 1)} if self.router else {},
             labels=labels,
             flusher=flusher,
+            take=take,
         )
         try:
             async with aclosing(stream) as responses:
                 async for response in responses:
-                    self._last_message = time.monotonic()
+                    self.last_message = time.monotonic()
                     yield response
         finally:
             self.in_flight -= 1
@@ -150,13 +155,13 @@ class BatcherPeer:
             report = read_tiers(await self._client.list_tiers(timeout=timeout))
         except BadReply as error:
             self.late = False
-            self._last_message = time.monotonic()
+            self.last_message = time.monotonic()
             self._set_unhealthy(f"the batcher at {self.address} is not usable: {error}")
         except errors.HeadraceError as error:
             # A refused connection is not silence: a draining batcher accepts none and still sends on its
             # streams. One late reply is not silence either: the batcher may be busy.
             self.late = isinstance(error, _BUSY)
-            silent = self.late and time.monotonic() - self._last_message > self._stall_seconds
+            silent = self.late and time.monotonic() - self.last_message > self._stall_seconds
             if silent:
                 self._client.fail_calls(
                     Stalled(f"the batcher at {self.address} has sent nothing for {self._stall_seconds:g} s")
@@ -169,7 +174,7 @@ class BatcherPeer:
         else:
             self.reported, self.models, self.router = report.tier, report.models, report.router
             self.late = False
-            self._last_message = time.monotonic()
+            self.last_message = time.monotonic()
             self._in_flight_at_poll = self.in_flight
         self.suspect = False
         if was_healthy != self.reported.healthy:
