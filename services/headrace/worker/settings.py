@@ -98,7 +98,8 @@ class Settings(ServiceSettings):
     speculation: Literal["lookup", "off"] = Field(
         default="lookup",
         description="speculative decoding: lookup guesses the next tokens from what followed the same tokens "
-        "before, and verifies them in one step, while few sequences run and it pays; answers are the same. "
+        "before and from what a form such as a JSON schema leaves no choice about, and verifies them in one "
+        "step, while few sequences run and it pays; answers are the same. "
         "Only on CPUs with the torch engine",
     )
     max_batcher_streams: int = Field(

@@ -40,6 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "logit_bias": {},
         "grammar": regex("(ab|ba|12){1,40}"),
     },
+    "forced": {
+        "temperature": 1.0,
+        "ignore_eos": False,
+        "logit_bias": {},
+        "grammar": regex("(abcdefgh|12345678|xyzxyz){3,12}"),
+    },
 }
 
 

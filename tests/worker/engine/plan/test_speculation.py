@@ -185,3 +185,38 @@ def test_a_sequence_that_ends_soon_gets_no_longer_draft_than_it_needs() -> None:
 
     assert [len(draft) for draft in speculation.drafts([Candidate(own, PERIOD * 3, 2)])] == [2]
     assert speculation.drafts([Candidate(own, PERIOD * 3, 0)]) == [[]]
+
+
+def test_what_a_grammar_forces_is_drafted_even_if_nothing_repeats() -> None:
+    speculation, own = Speculation(), SpeculativeSequence()
+
+    assert speculation.drafts([Candidate(own, [1, 2, 3, 4], 9, [7, 8, 9])]) == [[7, 8, 9]]
+    speculation.record(own, 3)
+    assert speculation.drafts([Candidate(own, [1, 2, 3, 4], 9)]) == [[]]
+
+
+def test_a_match_continues_what_a_grammar_forces_only_if_they_agree() -> None:
+    candidates = [Candidate(SpeculativeSequence(), PERIOD * 3, 8, forced) for forced in ([5, 6], [5, 9])]
+
+    agreeing, other = (Speculation().drafts([candidate])[0] for candidate in candidates)
+
+    assert len(agreeing) > 2
+    assert agreeing == (PERIOD * 2)[: len(agreeing)]
+    assert other == [5, 9]
+
+
+def test_wrong_guesses_after_forced_ids_do_not_stop_the_forced_ones() -> None:
+    speculation, own = Speculation(), SpeculativeSequence()
+    for tokens in range(1, 10):
+        speculation.times.record(tokens, 0.01 + 0.0005 * tokens)
+    for _ in range(100):
+        (draft,) = speculation.drafts([Candidate(own, PERIOD * 3, 100, [5, 6])])
+        speculation.record(own, 2)
+
+    assert draft == [5, 6]
+
+
+def test_a_draft_of_forced_ids_has_at_most_the_bound() -> None:
+    (draft,) = Speculation().drafts([Candidate(SpeculativeSequence(), [1, 2], 100, [7] * 40)])
+
+    assert draft == [7] * MOST_DRAFTED
