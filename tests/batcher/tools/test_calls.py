@@ -129,9 +129,8 @@ def walk(form: AnswerForm, begin: str, seed: int, *, special: bool = False) -> l
         options = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:size]).tolist()
         if END in options and (step > 100 or len(options) == 1 or choose.random() < 0.3):
             return ids
-        closing = (
-            [id for id in options if id < END and chr(id) in '"}],'] if choose.random() < step / 100 else []
-        )
+        ends = '"}],' if step < 200 else '"}]'  # a comma begins another call, which takes 50 steps
+        closing = [id for id in options if id < END and chr(id) in ends] if choose.random() < step / 100 else []
         likely = [id for id in options if id != END and (id > END or chr(id) in '"{}[],:<>\n 12aC\\u00e9')]
         id = choose.choice(closing or likely or [id for id in options if id != END])
         assert matcher.consume_token(id)
