@@ -130,7 +130,9 @@ def walk(form: AnswerForm, begin: str, seed: int, *, special: bool = False) -> l
         if END in options and (step > 100 or len(options) == 1 or choose.random() < 0.3):
             return ids
         ends = '"}],' if step < 200 else '"}]'  # a comma begins another call, which takes 50 steps
-        closing = [id for id in options if id < END and chr(id) in ends] if choose.random() < step / 100 else []
+        closing = []
+        if choose.random() < step / 100:
+            closing = [id for id in options if id < END and chr(id) in ends]
         likely = [id for id in options if id != END and (id > END or chr(id) in '"{}[],:<>\n 12aC\\u00e9')]
         id = choose.choice(closing or likely or [id for id in options if id != END])
         assert matcher.consume_token(id)
