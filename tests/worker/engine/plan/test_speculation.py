@@ -19,7 +19,7 @@ from headrace.worker.engine.plan.speculation import (
     StepTimes,
     paying,
 )
-from headrace.worker.runner import FinishReason
+from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec
 from tests.worker.engine.plan.device import hashed
 from tests.worker.engine.plan.scheduling import Arrival, Run, sequence
 from tests.worker.engine.plan.test_scheduler import ARRIVALS
@@ -220,3 +220,16 @@ def test_a_draft_of_forced_ids_has_at_most_the_bound() -> None:
     (draft,) = Speculation().drafts([Candidate(SpeculativeSequence(), [1, 2], 100, [7] * 40)])
 
     assert draft == [7] * MOST_DRAFTED
+
+
+def test_a_grammar_that_fails_gives_no_draft_and_leaves_the_error_to_the_engine() -> None:
+    class Failing:
+        consumed = 0
+
+        def advance(self, ids: Sequence[int]) -> None:
+            raise RuntimeError("on purpose")
+
+    spec = SequenceSpec(1, [1, 2, 3], 3, SamplingParams(seed=0, max_tokens=5))
+    live = Run(EchoEngine()).scheduler.add(spec, Failing())
+
+    assert live.candidate().forced == []

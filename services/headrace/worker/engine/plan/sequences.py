@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
-from headrace.grammars.compiling import GrammarProblem
 from headrace.grammars.matching import Matcher
 from headrace.worker.engine.interface import UNSCORED, Memo, Row, Token
 from headrace.worker.engine.plan.blocks import BlockTable
@@ -87,9 +86,9 @@ class LiveSequence(Generic[K]):
             return []
         try:
             matcher.advance(self.ids[self.spec.prompt + matcher.consumed :])
-        except GrammarProblem:  # the engine finds it again when it samples
+            return matcher.forced_ids()
+        except Exception:  # the engine meets it again when it samples, and only this sequence ends
             return []
-        return matcher.forced_ids()
 
     @property
     def times(self) -> SequenceTimes:
