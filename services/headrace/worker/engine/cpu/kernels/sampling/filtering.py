@@ -28,7 +28,7 @@ def mass_of(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
         value = b.fsub(m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, largest))
         return [b.add(carried[0], vector_math.weight(b, value))]
 
-    return m.reduce(b, m.counted_loop(b, vectors, [_noweights()], body)[0], b.add)
+    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
 
 
 @m.intrinsic([_i8, _i8, _i8])
@@ -42,7 +42,7 @@ def weigh(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-def _noweights() -> Any:
+def _no_weights() -> Any:
     return ir.Constant(vector_math.WEIGHTS, [0] * m.LANES)
 
 
@@ -64,9 +64,9 @@ def _mass_from(b: Any, x: Any, weights: Any, vectors: Any, least: Any) -> Any:
     def body(i: Any, carried: list[Any]) -> list[Any]:
         within = b.fcmp_ordered(">=", m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, least))
         weight = m.load(b, offset(b, weights, i, 128), vector_math.WEIGHTS, 8)
-        return [b.add(carried[0], b.select(within, weight, _noweights()))]
+        return [b.add(carried[0], b.select(within, weight, _no_weights()))]
 
-    return m.reduce(b, m.counted_loop(b, vectors, [_noweights()], body)[0], b.add)
+    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
 
 
 @m.intrinsic([_i8], _f4)
