@@ -186,6 +186,7 @@ async def test_a_call_moves_to_another_batcher_at_any_token() -> None:
                 await asyncio.sleep(0.02)
         request = calling("Go. " + BOTH)
         request.stream.include_route_changes = True
+        request.stream.flush_tokens = 1
         seen: list[pb.GenerateResponse] = []
         async with aclosing(client.generate(request, timeout=PATIENCE)) as answer:
             async for event in answer:

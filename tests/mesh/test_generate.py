@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import PATIENCE, Mesh, collect, eventually, prompt
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
 
 async def test_an_answer_is_accepted_streamed_and_finished(mesh: Mesh) -> None:
@@ -123,6 +124,20 @@ async def test_flush_tokens_sets_the_size_of_later_deltas(mesh: Mesh) -> None:
 
     assert answer.text == "x" * 100
     assert answer.deltas <= 1 + 100 // 25
+
+
+async def test_tokens_of_a_few_steps_come_together_unless_the_caller_chooses_otherwise() -> None:
+    async with running_mesh(
+        "only", engine=lambda: EchoEngine(step_seconds=0.001), worker_settings={"delivery_seconds": 1.0}
+    ) as mesh:
+        request = prompt("x" * 50)
+        together = await collect(mesh.client, request)
+        request.stream.flush_tokens = 1
+        single = await collect(mesh.client, request)
+
+    assert together.text == single.text == "x" * 50
+    assert together.deltas < 5
+    assert single.deltas > 25
 
 
 async def test_explain_reports_the_tier_that_generate_uses(mesh: Mesh) -> None:

@@ -39,6 +39,7 @@ class Job:
     timeout         ends the call at its deadline, or earlier if its reader stays behind
     unread_until    while its answer is paused: until when its reader may stay behind, time.monotonic()
     form            what its tokens may be, and how its text is split into parts
+    each_step       whether workers send its tokens after each step
     release_place   releases the place that the request has held since it arrived, for one in the queue or for
                     none; None: it holds no place yet
     """
@@ -60,6 +61,7 @@ class Job:
     scope: bytes = b""
     prompt_offset: int = 0
     wants_route_changes: bool = False
+    each_step: bool = False
     queue_span: trace.Span = field(default=trace.INVALID_SPAN)
     queued: float = 0.0
     submitted: float | None = None

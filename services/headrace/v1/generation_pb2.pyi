@@ -746,8 +746,8 @@ class StreamOptions(_message.Message):
     include_token_ids: _builtins.bool
     """Whether deltas contain token ids in addition to text. Default false."""
     flush_tokens: _builtins.int
-    """Tokens per delta, 1 to 1024; the first token is always sent immediately. Absent: one while the server has little
-    load, more under load.
+    """Tokens per delta, 1 to 1024; the first token is always sent immediately, and tokens that are computed together may
+    be sent together. Absent: what is computed within 30 ms while the server has little load, more under load.
     """
     include_route_changes: _builtins.bool
     """Whether the stream contains `route_change` events, which report that the answer moved to another worker, batcher or

@@ -27,17 +27,17 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/worker_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cheadrace/v1/generation.proto\"\xf7\x01\n\nRunRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.HelloH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.headrace.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.headrace.v1.CancelH\x00\x12\x1f\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x10.headrace.v1.AckH\x00\x12!\n\x04ping\x18\x05 \x01(\x0b\x32\x11.headrace.v1.PingH\x00\x12\'\n\x07quiesce\x18\x06 \x01(\x0b\x32\x14.headrace.v1.QuiesceH\x00\x42\t\n\x07message\"\xa3\x02\n\x0bRunResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.headrace.v1.WelcomeH\x00\x12+\n\tadmission\x18\x02 \x01(\x0b\x32\x16.headrace.v1.AdmissionH\x00\x12!\n\x04step\x18\x03 \x01(\x0b\x32\x11.headrace.v1.StepH\x00\x12!\n\x04load\x18\x04 \x01(\x0b\x32\x11.headrace.v1.LoadH\x00\x12%\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x13.headrace.v1.CreditH\x00\x12#\n\x05\x64rain\x18\x06 \x01(\x0b\x32\x12.headrace.v1.DrainH\x00\x12!\n\x04pong\x18\x07 \x01(\x0b\x32\x11.headrace.v1.PongH\x00\x42\t\n\x07message\"U\n\x05Hello\x12\x12\n\nbatcher_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66rame_window\x18\x03 \x01(\r\x12\x13\n\x0b\x61\x63ks_credit\x18\x04 \x01(\x08\"\x93\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\x12#\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x13.headrace.v1.Credit\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"t\n\x06Submit\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12.\n\x0b\x62\x61tch_trace\x18\x02 \x01(\x0b\x32\x19.headrace.v1.TraceContext\x12(\n\tsequences\x18\x03 \x03(\x0b\x32\x15.headrace.v1.Sequence\"\x9b\x02\n\x08Sequence\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x12\n\nresume_ids\x18\x05 \x03(\r\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.headrace.v1.Sampling\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x08 \x01(\r\x12(\n\x05trace\x18\t \x01(\x0b\x32\x19.headrace.v1.TraceContext\x12\x14\n\x0cprefix_scope\x18\n \x01(\x0c\x12\x0f\n\x07grammar\x18\x0b \x01(\t\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\r\"/\n\x03\x41\x63k\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12\x19\n\x11\x63redit_generation\x18\x02 \x01(\x04\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\t\n\x07Quiesce\"3\n\tAdmission\x12&\n\x08verdicts\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Verdict\"y\n\x07Verdict\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.headrace.v1.AdmissionState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"A\n\x04Step\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12*\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.SequenceDelta\"\xfb\x02\n\rSequenceDelta\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12)\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.headrace.v1.Usage\x12#\n\x06timing\x18\t \x01(\x0b\x32\x13.headrace.v1.Timing\x12\x1a\n\rcached_tokens\x18\n \x01(\rH\x00\x88\x01\x01\x12#\n\x03top\x18\x0b \x03(\x0b\x32\x16.headrace.v1.TopTokens\x12+\n\x06prompt\x18\x0c \x01(\x0b\x32\x1b.headrace.v1.PromptLogprobsB\x10\n\x0e_cached_tokens\"*\n\tTopTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"W\n\x0ePromptLogprobs\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TopTokens\"\x97\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_tokens_free\x18\x03 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x04 \x01(\x04\x12 \n\x18uncomputed_prompt_tokens\x18\x05 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12,\n\tstep_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0boldest_wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\"/\n\x06\x43redit\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tsequences\x18\x02 \x01(\r\"4\n\x05\x44rain\x12+\n\x08\x64\x65\x61\x64line\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x11\n\x0fGetModelRequest\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\"\xd9\x02\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x06 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\r\x12\x13\n\x0bmax_running\x18\t \x01(\r\x12\x11\n\tkv_tokens\x18\n \x01(\x04\x12-\n\x0b\x64\x65terminism\x18\x0b \x01(\x0e\x32\x18.headrace.v1.Determinism\x12\x10\n\x08\x66\x65\x61tures\x18\x0c \x03(\t\x12\x1b\n\x13shared_block_tokens\x18\r \x01(\r\x12\x13\n\x0bstep_tokens\x18\x0e \x01(\r*\x88\x01\n\x0e\x41\x64missionState\x12\x1f\n\x1b\x41\x44MISSION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44MISSION_STATE_ADMITTED\x10\x01\x12\x1a\n\x16\x41\x44MISSION_STATE_QUEUED\x10\x02\x12\x1b\n\x17\x41\x44MISSION_STATE_REFUSED\x10\x03*^\n\x0b\x44\x65terminism\x12\x1b\n\x17\x44\x45TERMINISM_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45TERMINISM_EXACT\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_BEST_EFFORT\x10\x02\x32\x96\x01\n\rWorkerService\x12<\n\x03Run\x12\x17.headrace.v1.RunRequest\x1a\x18.headrace.v1.RunResponse(\x01\x30\x01\x12G\n\x08GetModel\x12\x1c.headrace.v1.GetModelRequest\x1a\x1d.headrace.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/v1/worker_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1cheadrace/v1/generation.proto\"\xf7\x01\n\nRunRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.HelloH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.headrace.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.headrace.v1.CancelH\x00\x12\x1f\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x10.headrace.v1.AckH\x00\x12!\n\x04ping\x18\x05 \x01(\x0b\x32\x11.headrace.v1.PingH\x00\x12\'\n\x07quiesce\x18\x06 \x01(\x0b\x32\x14.headrace.v1.QuiesceH\x00\x42\t\n\x07message\"\xa3\x02\n\x0bRunResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.headrace.v1.WelcomeH\x00\x12+\n\tadmission\x18\x02 \x01(\x0b\x32\x16.headrace.v1.AdmissionH\x00\x12!\n\x04step\x18\x03 \x01(\x0b\x32\x11.headrace.v1.StepH\x00\x12!\n\x04load\x18\x04 \x01(\x0b\x32\x11.headrace.v1.LoadH\x00\x12%\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x13.headrace.v1.CreditH\x00\x12#\n\x05\x64rain\x18\x06 \x01(\x0b\x32\x12.headrace.v1.DrainH\x00\x12!\n\x04pong\x18\x07 \x01(\x0b\x32\x11.headrace.v1.PongH\x00\x42\t\n\x07message\"U\n\x05Hello\x12\x12\n\nbatcher_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66rame_window\x18\x03 \x01(\r\x12\x13\n\x0b\x61\x63ks_credit\x18\x04 \x01(\x08\"\x93\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\x05model\x18\x04 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\x12#\n\x06\x63redit\x18\x05 \x01(\x0b\x32\x13.headrace.v1.Credit\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"t\n\x06Submit\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12.\n\x0b\x62\x61tch_trace\x18\x02 \x01(\x0b\x32\x19.headrace.v1.TraceContext\x12(\n\tsequences\x18\x03 \x03(\x0b\x32\x15.headrace.v1.Sequence\"\xae\x02\n\x08Sequence\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x12\n\nresume_ids\x18\x05 \x03(\r\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.headrace.v1.Sampling\x12&\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x08 \x01(\r\x12(\n\x05trace\x18\t \x01(\x0b\x32\x19.headrace.v1.TraceContext\x12\x14\n\x0cprefix_scope\x18\n \x01(\x0c\x12\x0f\n\x07grammar\x18\x0b \x01(\t\x12\x11\n\teach_step\x18\x0c \x01(\x08\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\r\"/\n\x03\x41\x63k\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12\x19\n\x11\x63redit_generation\x18\x02 \x01(\x04\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\t\n\x07Quiesce\"3\n\tAdmission\x12&\n\x08verdicts\x18\x01 \x03(\x0b\x32\x14.headrace.v1.Verdict\"y\n\x07Verdict\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.headrace.v1.AdmissionState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"A\n\x04Step\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12*\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.SequenceDelta\"\xfb\x02\n\rSequenceDelta\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12)\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.headrace.v1.Usage\x12#\n\x06timing\x18\t \x01(\x0b\x32\x13.headrace.v1.Timing\x12\x1a\n\rcached_tokens\x18\n \x01(\rH\x00\x88\x01\x01\x12#\n\x03top\x18\x0b \x03(\x0b\x32\x16.headrace.v1.TopTokens\x12+\n\x06prompt\x18\x0c \x01(\x0b\x32\x1b.headrace.v1.PromptLogprobsB\x10\n\x0e_cached_tokens\"*\n\tTopTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"W\n\x0ePromptLogprobs\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TopTokens\"\x97\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_tokens_free\x18\x03 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x04 \x01(\x04\x12 \n\x18uncomputed_prompt_tokens\x18\x05 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12,\n\tstep_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0boldest_wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\"/\n\x06\x43redit\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tsequences\x18\x02 \x01(\r\"4\n\x05\x44rain\x12+\n\x08\x64\x65\x61\x64line\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x11\n\x0fGetModelRequest\"@\n\x10GetModelResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.headrace.v1.ModelDescription\"\xd9\x02\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x06 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\r\x12\x13\n\x0bmax_running\x18\t \x01(\r\x12\x11\n\tkv_tokens\x18\n \x01(\x04\x12-\n\x0b\x64\x65terminism\x18\x0b \x01(\x0e\x32\x18.headrace.v1.Determinism\x12\x10\n\x08\x66\x65\x61tures\x18\x0c \x03(\t\x12\x1b\n\x13shared_block_tokens\x18\r \x01(\r\x12\x13\n\x0bstep_tokens\x18\x0e \x01(\r*\x88\x01\n\x0e\x41\x64missionState\x12\x1f\n\x1b\x41\x44MISSION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44MISSION_STATE_ADMITTED\x10\x01\x12\x1a\n\x16\x41\x44MISSION_STATE_QUEUED\x10\x02\x12\x1b\n\x17\x41\x44MISSION_STATE_REFUSED\x10\x03*^\n\x0b\x44\x65terminism\x12\x1b\n\x17\x44\x45TERMINISM_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45TERMINISM_EXACT\x10\x01\x12\x1b\n\x17\x44\x45TERMINISM_BEST_EFFORT\x10\x02\x32\x96\x01\n\rWorkerService\x12<\n\x03Run\x12\x17.headrace.v1.RunRequest\x1a\x18.headrace.v1.RunResponse(\x01\x30\x01\x12G\n\x08GetModel\x12\x1c.headrace.v1.GetModelRequest\x1a\x1d.headrace.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADMISSIONSTATE']._serialized_start=3088
-  _globals['_ADMISSIONSTATE']._serialized_end=3224
-  _globals['_DETERMINISM']._serialized_start=3226
-  _globals['_DETERMINISM']._serialized_end=3320
+  _globals['_ADMISSIONSTATE']._serialized_start=3107
+  _globals['_ADMISSIONSTATE']._serialized_end=3243
+  _globals['_DETERMINISM']._serialized_start=3245
+  _globals['_DETERMINISM']._serialized_end=3339
   _globals['_RUNREQUEST']._serialized_start=137
   _globals['_RUNREQUEST']._serialized_end=384
   _globals['_RUNRESPONSE']._serialized_start=387
@@ -51,41 +51,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMIT']._serialized_start=974
   _globals['_SUBMIT']._serialized_end=1090
   _globals['_SEQUENCE']._serialized_start=1093
-  _globals['_SEQUENCE']._serialized_end=1376
-  _globals['_CANCEL']._serialized_start=1378
-  _globals['_CANCEL']._serialized_end=1403
-  _globals['_ACK']._serialized_start=1405
-  _globals['_ACK']._serialized_end=1452
-  _globals['_PING']._serialized_start=1454
-  _globals['_PING']._serialized_end=1475
-  _globals['_PONG']._serialized_start=1477
-  _globals['_PONG']._serialized_end=1498
-  _globals['_QUIESCE']._serialized_start=1500
-  _globals['_QUIESCE']._serialized_end=1509
-  _globals['_ADMISSION']._serialized_start=1511
-  _globals['_ADMISSION']._serialized_end=1562
-  _globals['_VERDICT']._serialized_start=1564
-  _globals['_VERDICT']._serialized_end=1685
-  _globals['_STEP']._serialized_start=1687
-  _globals['_STEP']._serialized_end=1752
-  _globals['_SEQUENCEDELTA']._serialized_start=1755
-  _globals['_SEQUENCEDELTA']._serialized_end=2134
-  _globals['_TOPTOKENS']._serialized_start=2136
-  _globals['_TOPTOKENS']._serialized_end=2178
-  _globals['_PROMPTLOGPROBS']._serialized_start=2180
-  _globals['_PROMPTLOGPROBS']._serialized_end=2267
-  _globals['_LOAD']._serialized_start=2270
-  _globals['_LOAD']._serialized_end=2549
-  _globals['_CREDIT']._serialized_start=2551
-  _globals['_CREDIT']._serialized_end=2598
-  _globals['_DRAIN']._serialized_start=2600
-  _globals['_DRAIN']._serialized_end=2652
-  _globals['_GETMODELREQUEST']._serialized_start=2654
-  _globals['_GETMODELREQUEST']._serialized_end=2671
-  _globals['_GETMODELRESPONSE']._serialized_start=2673
-  _globals['_GETMODELRESPONSE']._serialized_end=2737
-  _globals['_MODELDESCRIPTION']._serialized_start=2740
-  _globals['_MODELDESCRIPTION']._serialized_end=3085
-  _globals['_WORKERSERVICE']._serialized_start=3323
-  _globals['_WORKERSERVICE']._serialized_end=3473
+  _globals['_SEQUENCE']._serialized_end=1395
+  _globals['_CANCEL']._serialized_start=1397
+  _globals['_CANCEL']._serialized_end=1422
+  _globals['_ACK']._serialized_start=1424
+  _globals['_ACK']._serialized_end=1471
+  _globals['_PING']._serialized_start=1473
+  _globals['_PING']._serialized_end=1494
+  _globals['_PONG']._serialized_start=1496
+  _globals['_PONG']._serialized_end=1517
+  _globals['_QUIESCE']._serialized_start=1519
+  _globals['_QUIESCE']._serialized_end=1528
+  _globals['_ADMISSION']._serialized_start=1530
+  _globals['_ADMISSION']._serialized_end=1581
+  _globals['_VERDICT']._serialized_start=1583
+  _globals['_VERDICT']._serialized_end=1704
+  _globals['_STEP']._serialized_start=1706
+  _globals['_STEP']._serialized_end=1771
+  _globals['_SEQUENCEDELTA']._serialized_start=1774
+  _globals['_SEQUENCEDELTA']._serialized_end=2153
+  _globals['_TOPTOKENS']._serialized_start=2155
+  _globals['_TOPTOKENS']._serialized_end=2197
+  _globals['_PROMPTLOGPROBS']._serialized_start=2199
+  _globals['_PROMPTLOGPROBS']._serialized_end=2286
+  _globals['_LOAD']._serialized_start=2289
+  _globals['_LOAD']._serialized_end=2568
+  _globals['_CREDIT']._serialized_start=2570
+  _globals['_CREDIT']._serialized_end=2617
+  _globals['_DRAIN']._serialized_start=2619
+  _globals['_DRAIN']._serialized_end=2671
+  _globals['_GETMODELREQUEST']._serialized_start=2673
+  _globals['_GETMODELREQUEST']._serialized_end=2690
+  _globals['_GETMODELRESPONSE']._serialized_start=2692
+  _globals['_GETMODELRESPONSE']._serialized_end=2756
+  _globals['_MODELDESCRIPTION']._serialized_start=2759
+  _globals['_MODELDESCRIPTION']._serialized_end=3104
+  _globals['_WORKERSERVICE']._serialized_start=3342
+  _globals['_WORKERSERVICE']._serialized_end=3492
 # @@protoc_insertion_point(module_scope)

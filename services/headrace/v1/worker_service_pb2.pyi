@@ -345,6 +345,7 @@ class Sequence(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    EACH_STEP_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Identifies the sequence on this stream. Its last delta releases the handle; until then the sequence uses credit."""
     request_id: _builtins.str
@@ -364,6 +365,10 @@ class Sequence(_message.Message):
     """The grammar of the answer, in llguidance's format: Lark's syntax, or JSON with several grammars. Only tokens with
     which the answer can still match are sampled, and `sampling.structured` is ignored. Resumed tokens count. Requires
     the feature "structured". Empty: any tokens.
+    """
+    each_step: _builtins.bool
+    """Whether its tokens are sent after each step, because the caller chose how they are split into deltas. Otherwise
+    those of a few steps may be sent together.
     """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -399,10 +404,11 @@ class Sequence(_message.Message):
         trace: Global___TraceContext | None = ...,
         prefix_scope: _builtins.bytes = ...,
         grammar: _builtins.str = ...,
+        each_step: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "grammar", b"grammar", "handle", b"handle", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "each_step", b"each_step", "grammar", b"grammar", "handle", b"handle", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

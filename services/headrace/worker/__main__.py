@@ -87,7 +87,12 @@ async def worker(
         ready=lambda: servicer.ready,
     ) as server:
         runner = await asyncio.to_thread(load)
-        streams = BatcherStreams(runner, max_streams=settings.max_batcher_streams, tier=settings.tier)
+        streams = BatcherStreams(
+            runner,
+            max_streams=settings.max_batcher_streams,
+            tier=settings.tier,
+            delivery_seconds=settings.delivery_seconds,
+        )
         servicer.open(streams)
         log.info("ready", extra={"model": runner.model.name, "device": runner.model.device})
         yield Worker(server, streams)

@@ -54,6 +54,7 @@ class InFlightSequence:
 
     answered   number of answer tokens so far, resumed ones included
     priority   as the batcher sent it, at most MAX_PRIORITY
+    each_step  whether its tokens are sent after each step
     unsent     tokens of its unsent delta; the first one's position in the answer is `offset`
     rare       fields of its unsent delta that few deltas have; None if it has none of them
     parts      unsent parts of its prompt, all of which are sent before, or with, its tokens
@@ -68,6 +69,7 @@ class InFlightSequence:
     submitted_ns: int
     answered: int = 0
     priority: int = 5
+    each_step: bool = False
     cancelled_by: errors.HeadraceError | None = None
     first_token_ns: int = 0
     offset: int = 0

@@ -102,6 +102,14 @@ class Settings(ServiceSettings):
         "step, while few sequences run and it pays; answers are the same. "
         "Only on CPUs with the torch engine",
     )
+    delivery_seconds: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="most seconds that new tokens wait for those of the next steps, to be sent together, "
+        "which takes less CPU time; first tokens and ends of answers never wait; 0 sends the tokens of each "
+        "step at once",
+    )
     max_batcher_streams: int = Field(
         default=32,
         ge=1,

@@ -67,6 +67,7 @@ class BatcherStream:
     error           why the stream must end; set once, by `fail`
     pending         sequences with an unsent delta, by handle; updates of later steps are merged into it
     priorities      sum of the priorities of the in-flight sequences
+    each_step       number of in-flight sequences whose tokens are sent after each step
     others          unsent messages that are not steps
     frames, acked   step frames sent, and acknowledged
     sending         whether the writer is sending
@@ -87,6 +88,7 @@ class BatcherStream:
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: dict[int, InFlightSequence] = field(default_factory=dict)
     priorities: int = 0
+    each_step: int = 0
     pending: dict[int, InFlightSequence] = field(default_factory=dict)
     others: list[wire.RunResponse] = field(default_factory=list)
     has_unsent: asyncio.Event = field(default_factory=asyncio.Event)
@@ -205,6 +207,7 @@ class BatcherStream:
         """Add a submitted sequence."""
         self.in_flight[handle] = sequence
         self.priorities += sequence.priority
+        self.each_step += sequence.each_step
         sequence.reserved = prompt_bytes(sequence.spec)
         self._reserved += sequence.reserved
 
@@ -238,6 +241,7 @@ class BatcherStream:
         if update.finish is not None:
             del self.in_flight[handle]
             self.priorities -= sequence.priority
+            self.each_step -= sequence.each_step
             self._ended.add(handle)
             rare = sequence.rare_fields()
             conclude(rare, update, sequence, ended_ns or time.time_ns())

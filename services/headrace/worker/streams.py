@@ -6,11 +6,8 @@ per stream.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from headrace import errors, statuses
@@ -19,6 +16,7 @@ from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
 from headrace.worker.credit import capacity, share
+from headrace.worker.delivery import Delivery
 from headrace.worker.engine_metrics import EngineMetrics
 from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, StepReport
 from headrace.worker.sequences import (
@@ -42,27 +40,33 @@ MOST_REFUSED = 64
 class BatcherStreams:
     """All batchers' streams of one worker, over one runner. Iterates over the open streams.
 
-    max_streams   most streams that are open at a time
-    tier          that it works for, for metrics
+    max_streams        most streams that are open at a time
+    tier               that it works for, for metrics
+    delivery_seconds   for which tokens wait, at most, for those of further steps; see `Delivery`
     """
 
-    def __init__(self, runner: Runner[SequenceKey], *, max_streams: int = 32, tier: str = "default") -> None:
+    def __init__(
+        self,
+        runner: Runner[SequenceKey],
+        *,
+        max_streams: int = 32,
+        tier: str = "default",
+        delivery_seconds: float = 0.0,
+    ) -> None:
         self.max_streams = max_streams
         self.model: ModelInfo = runner.model
         self.shared_block_tokens = runner.shared_block_tokens
         self.draining = False
-        self._loop = asyncio.get_running_loop()
         self._runner = runner
         self._streams: dict[int, BatcherStream] = {}
         self._opened = 0
         self._rate = RateMeter()
         self._last: StepReport[SequenceKey] = StepReport(kv_tokens_free=self.model.kv_tokens)
-        self._undelivered: deque[StepReport[SequenceKey]] = deque()
-        self._delivery_due = False  # whether `_deliver` is scheduled
         self._ran = 0  # sequences that had KV memory during the last step
         self._pace = StepPace(runner.step_tokens)
         self._metrics = EngineMetrics(self.model, tier)
-        runner.start(self._on_report)
+        self._delivery = Delivery(delivery_seconds, self._deliver)
+        runner.start(self._delivery.add)
 
     def __iter__(self) -> Iterator[BatcherStream]:
         return iter(self._streams.values())
@@ -179,10 +183,12 @@ class BatcherStreams:
                 submitted_ns=now_ns,
                 answered=spec.resumed,
                 priority=min(message.priority, MAX_PRIORITY),
+                each_step=message.each_step,
             )
             stream.add_sequence(message.handle, sequence)
             self._pace.record_submission(len(spec.ids))
             specs.append(spec)
+        self._choose_pauses()
         self._runner.submit(*specs)
         self.share_credit()
         return wire.RunResponse(admission=wire.Admission(verdicts=verdicts))
@@ -255,24 +261,8 @@ class BatcherStreams:
             priority = relative_priority(message.priority, len(stream.in_flight), stream.priorities)
         return sequence_spec((stream.number, message.handle), message, self.model, now, priority=priority)
 
-    def _on_report(self, report: StepReport[SequenceKey]) -> None:
-        """Pass a report from the runner's thread to the event loop.
-
-        While the loop is behind, reports wait to be delivered together.
-        """
-        self._undelivered.append(report)
-        # Appended before the test, and taken after `_deliver` has cleared it: no report is left behind.
-        if not self._delivery_due:
-            self._delivery_due = True
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        """Deliver all reports so far: a sequence's tokens of several steps become one delta."""
-        self._delivery_due = False
-        reports = [self._undelivered.popleft() for _ in range(len(self._undelivered))]
-        if not reports:
-            return
+    def _deliver(self, reports: Sequence[StepReport[SequenceKey]]) -> None:
+        """Hand on reports: a sequence's tokens of several steps become one delta."""
         now, tokens, ended = time.monotonic(), 0, 0
         for report in reports:
             before = ended
@@ -290,12 +280,17 @@ class BatcherStreams:
                     # A batcher that misses a delta would wait forever.
                     stream.fail(_public(error))
             self._ran = report.running + ended - before
+        self._choose_pauses()
         stepped = any(report.rows for report in reports)
         for stream in self:
             stream.announce(now, stepped=stepped)
         self._measure(reports, tokens, now)
         if ended:
             self.share_credit()
+
+    def _choose_pauses(self) -> None:
+        """Let no pause follow a delivery while a sequence is to be sent after each step."""
+        self._delivery.pauses = not any(stream.each_step for stream in self)
 
     def _measure(self, reports: Sequence[StepReport[SequenceKey]], tokens: int, now: float) -> None:
         """Record reports that have *tokens* new tokens together."""

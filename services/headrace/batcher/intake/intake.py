@@ -34,7 +34,7 @@ from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
-from headrace.flushing import Flusher, chosen_flusher
+from headrace.flushing import Flusher, chooses_flushing, chosen_flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request
 
@@ -295,6 +295,7 @@ class Intake:
             tenant=pending.tenant,
             blocks=block_names(prompt_ids),
             wants_route_changes=request.stream.include_route_changes,
+            each_step=chooses_flushing(request),
             model=limits.model,
             form=encoded.form,
         )

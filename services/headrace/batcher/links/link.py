@@ -182,6 +182,7 @@ class WorkerLink:
                 grammar=job.form.grammar,
                 resume_ids=job.answer_ids,
                 prefix_scope=job.scope,
+                each_step=job.each_step,
                 sampling=job.sampling,
                 priority=job.priority,
             )
