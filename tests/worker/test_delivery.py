@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,11 +71,22 @@ async def test_tokens_are_delivered_when_the_pause_ends_and_after_an_empty_pause
     assert delivered[2:] == [[decode(2)]]
 
 
-async def test_each_step_is_delivered_at_once_without_pauses() -> None:
-    for seconds, pauses in ((0.0, True), (NEVER_SOON, False)):
+async def test_tokens_do_not_wait_for_a_step_that_would_come_too_late() -> None:
+    delivered: Delivered = []
+    delivery = Delivery(NEVER_SOON, delivered.append)
+    late = replace(decode(1), seconds=NEVER_SOON + 1)
+    delivery.add(decode(0))
+    await asyncio.sleep(0)
+    delivery.add(late)
+    await asyncio.sleep(0)
+    assert delivered == [[decode(0)], [late]]
+
+
+async def test_each_step_is_delivered_at_once_if_none_waits() -> None:
+    for seconds, waits in ((0.0, True), (NEVER_SOON, False)):
         delivered: Delivered = []
         delivery = Delivery(seconds, delivered.append)
-        delivery.pauses = pauses
+        delivery.waits = waits
         for number in range(3):
             delivery.add(decode(number))
             await asyncio.sleep(0)

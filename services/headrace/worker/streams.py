@@ -188,7 +188,7 @@ class BatcherStreams:
             stream.add_sequence(message.handle, sequence)
             self._pace.record_submission(len(spec.ids))
             specs.append(spec)
-        self._choose_pauses()
+        self._choose_delivery()
         self._runner.submit(*specs)
         self.share_credit()
         return wire.RunResponse(admission=wire.Admission(verdicts=verdicts))
@@ -280,7 +280,7 @@ class BatcherStreams:
                     # A batcher that misses a delta would wait forever.
                     stream.fail(_public(error))
             self._ran = report.running + ended - before
-        self._choose_pauses()
+        self._choose_delivery()
         stepped = any(report.rows for report in reports)
         for stream in self:
             stream.announce(now, stepped=stepped)
@@ -288,9 +288,9 @@ class BatcherStreams:
         if ended:
             self.share_credit()
 
-    def _choose_pauses(self) -> None:
-        """Let no pause follow a delivery while a sequence is to be sent after each step."""
-        self._delivery.pauses = not any(stream.each_step for stream in self)
+    def _choose_delivery(self) -> None:
+        """Let no report wait while a sequence is to be sent after each step."""
+        self._delivery.waits = not any(stream.each_step for stream in self)
 
     def _measure(self, reports: Sequence[StepReport[SequenceKey]], tokens: int, now: float) -> None:
         """Record reports that have *tokens* new tokens together."""
