@@ -1,7 +1,9 @@
 """Measure what speculative decoding gains: `python -m benchmarks.speculation [--model NAME ...]`.
 
 One client asks for answers of exact lengths, each with and without drafts, in turns on the same engine.
-The answers must be equal; those with a schema may end earlier. Kinds of prompts:
+The answers must be equal; those with a schema may end earlier. The prompts of a kind are similar requests of
+one tenant: an answer may repeat those before it. With `--apart` each is of a tenant of its own, so an answer
+repeats only its prompt and itself. No prompt is asked twice of a tenant. Kinds of prompts:
 
 summary     summarise a topic of Python's manual, with quotations
 code        edit a function of Python's library
@@ -114,12 +116,15 @@ class Client:
         self._loop.start(self._reports.put)
         self._asked = 0
 
-    def ask(self, prompt: Sequence[int], params: SamplingParams) -> Answer:
+    def ask(self, prompt: Sequence[int], params: SamplingParams, tenant: str) -> Answer:
         """Wait for the answer."""
         self._asked += 1
         self._loop.submit(
-            SequenceSpec(self._asked, list(prompt), len(prompt), params, submitted=time.monotonic())
-        )
+            SequenceSpec(
+                self._asked, list(prompt), len(prompt), params, submitted=time.monotonic(),
+                scope=tenant.encode(),
+            )
+        )  # fmt: skip
         ids: list[int] = []
         drafted = accepted = 0
         first = 0.0
@@ -140,7 +145,13 @@ class Client:
 
 
 def measure(
-    model: str, dtype: str, repetitions: int, kinds: Sequence[str] | None, progress: Callable[[str], None]
+    model: str,
+    dtype: str,
+    repetitions: int,
+    kinds: Sequence[str] | None,
+    progress: Callable[[str], None],
+    *,
+    apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure one model; returns a row of figures per kind and temperature."""
     engine = load(model, dtype, 2, progress)
@@ -170,7 +181,8 @@ def measure(
                         grammar=grammar,
                     )  # fmt: skip
                     clients = (plain, speculative) if len(pairs) % 2 else (speculative, plain)
-                    answers = {client: client.ask(ids, params) for client in clients}
+                    tenant = f"{kind} {temperature} {repetition} {len(pairs) if apart else ''}"
+                    answers = {client: client.ask(ids, params, tenant) for client in clients}
                     pairs.append((answers[plain], answers[speculative]))
             before, after = ([pair[i].seconds for pair in pairs] for i in (0, 1))
             rows.append(
@@ -201,10 +213,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="default: all")
+    parser.add_argument("--apart", action="store_true", help="each prompt is of a tenant of its own")
     arguments = parser.parse_args()
     console = Console()
     for model in arguments.model:
-        rows = measure(model, arguments.dtype, arguments.reps, arguments.kinds, console.print)
+        rows = measure(
+            model,
+            arguments.dtype,
+            arguments.reps,
+            arguments.kinds,
+            console.print,
+            apart=arguments.apart,
+        )
         table = Table(title=f"{model}: one client, tokens/s after the first token")
         for name in ("kind", "temperature", "plain", "speculative", "gain", "drafted", "accepted", "equal"):
             table.add_column(name, justify="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from benchmarks.serving.hosts.pipe import Pipe
@@ -62,10 +63,10 @@ def start(
     return loop
 
 
-def sequence(key: int, ids: Sequence[int], tokens: int) -> SequenceSpec[int]:
+def sequence(key: int, ids: Sequence[int], tokens: int, scope: bytes = b"") -> SequenceSpec[int]:
     """Return a greedy sequence of exactly *tokens* tokens."""
     params = SamplingParams(seed=0, max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    return SequenceSpec(key, list(ids), len(ids), params, submitted=time.monotonic())
+    return SequenceSpec(key, list(ids), len(ids), params, submitted=time.monotonic(), scope=scope)
 
 
 def main() -> None:
@@ -84,9 +85,13 @@ def main() -> None:
 
     loop = start(engine, on_report, speculation=arguments.speculation == "lookup")
     pipe.ready({"dtype": engine.model.dtype, "exact": str(engine.model.exact)})
+    times: Counter[tuple[int, ...]] = Counter()
     while (asks := pipe.take(wait=True)) is not None:
         for ask in asks:
-            loop.submit(sequence(ask.key, ask.prompt, ask.tokens))
+            # Speculative decoding would repeat the first answer to a prompt that is sent again.
+            times[tuple(ask.prompt)] += 1
+            repetition = str(times[tuple(ask.prompt)]).encode()
+            loop.submit(sequence(ask.key, ask.prompt, ask.tokens, scope=repetition))
     loop.stop()
 
 

@@ -81,8 +81,8 @@ class Settings(CalledServiceSettings):
     )
     share_prefixes: bool = Field(
         default=False,
-        description="share cached prompt prefixes between tenants; this saves work, but usage.cached_tokens "
-        "and response times reveal to a tenant what another one has asked",
+        description="share cached prompt prefixes and guesses from answers between tenants; this saves work, "
+        "but usage.cached_tokens and response times reveal to a tenant what another one has asked",
     )
     generation_config: Literal["none", "auto"] = Field(
         default="none",

@@ -357,9 +357,10 @@ class Sequence(_message.Message):
     if the mean of a stream is above 5, the excess gives no advantage over sequences of other streams.
     """
     prefix_scope: _builtins.bytes
-    """The scope of its cached prefixes: it shares them only with sequences of an equal scope. Opaque to the worker, at
-    most 64 bytes. Batchers derive it from the request's tenant, so that no tenant can learn from `cached_tokens` or
-    from latency what another tenant has sent. Empty is a scope as well.
+    """The scope of its cached prefixes, and of the answers that speculative decoding repeats: it shares them only with
+    sequences of an equal scope. Opaque to the worker, at most 64 bytes. Batchers derive it from the request's tenant,
+    so that no tenant can learn from `cached_tokens` or from latency what another tenant has sent or received. Empty is
+    a scope as well.
     """
     grammar: _builtins.str
     """The grammar of the answer, in llguidance's format: Lark's syntax, or JSON with several grammars. Only tokens with

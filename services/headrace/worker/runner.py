@@ -95,7 +95,7 @@ class SequenceSpec(Generic[K]):
     deadline    when the sequence ends with FinishReason.DEADLINE
     submitted   seconds of time.monotonic()
     priority    0, the least urgent, to 9
-    scope       the prefix cache is shared only among sequences of equal scope; opaque
+    scope       only sequences of equal scope share the prefix cache, and guess from answers; opaque
     """
 
     key: K

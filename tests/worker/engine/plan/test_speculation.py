@@ -14,6 +14,7 @@ from headrace.worker.engine.plan.speculation import (
     MOST_DRAFTED,
     MOST_ROWS,
     Candidate,
+    Chances,
     Speculation,
     SpeculativeSequence,
     StepTimes,
@@ -176,8 +177,52 @@ def test_drafts_that_are_always_wrong_stop_and_are_tried_again_later() -> None:
         speculation.record(own, 0)
 
     assert drafted[0] > 3
-    assert sum(drafted[50:]) < 0.05 * 550
+    assert sum(map(bool, drafted[50:])) < 0.05 * 550
     assert any(drafted[50:])
+
+
+def test_answers_of_a_scope_are_drafted_again_in_it_and_in_no_other() -> None:
+    speculation = Speculation()
+    speculation.remember(b"ours", [1, 2, 3, 4, 5, 6, 7, 8])
+
+    for scope, expected in ((b"ours", [5, 6, 7, 8]), (b"theirs", [])):
+        assert speculation.drafts([Candidate(SpeculativeSequence(scope), [9, 2, 3, 4], 100)]) == [expected]
+
+
+def test_a_longer_match_in_the_sequence_itself_goes_before_another_answer() -> None:
+    speculation = Speculation()
+    speculation.remember(b"", [7, 8, 1, 2, 3, 4])
+
+    (draft,) = speculation.drafts([Candidate(SpeculativeSequence(), PERIOD * 3, 100)])
+
+    assert draft == (PERIOD * 4)[: len(draft)]
+    assert len(draft) > 3
+
+
+def test_an_answer_like_an_earlier_one_takes_fewer_steps() -> None:
+    """The scheduler keeps each answer when it ends."""
+    arrival, steps = Arrival(shared=30, own=0, max_tokens=30), []
+    run = Run(VerifyingEngine(), 24, True, Speculation())
+    for key in range(2):
+        run.add(sequence(key, arrival))
+        before = run.steps
+        run.finish(within=100)
+        steps.append(run.steps - before)
+
+    assert run.answers[0] == run.answers[1]
+    assert steps[1] < steps[0]
+
+
+def test_chances_tell_the_first_tokens_of_a_draft_from_the_later_ones() -> None:
+    chances = Chances()
+    for _ in range(100):
+        chances.record(1, 16, 3)  # the fourth token is wrong
+
+    alone, few = chances.of(0, 0.5), chances.of(1, 0.5)
+
+    assert alone > 0.9
+    assert 0.5 < few < alone
+    assert chances.of(2, 0.5) == 0.5  # never tried
 
 
 def test_a_sequence_that_ends_soon_gets_no_longer_draft_than_it_needs() -> None:

@@ -229,6 +229,10 @@ class Scheduler(Generic[K]):
                 update = record(sequence, result, now)
                 if row.draft:
                     stop += self._accept(sequence, result, len(update.token_ids))
+            elif isinstance(result, PromptLogprobs):
+                update = SequenceUpdate(
+                    sequence.spec.key, sequence.answered, cached=sequence.cached, prompt=result
+                )
             # After a preemption, the blocks are others, or none.
             if table is not None and table.blocks is row.blocks:
                 if stop > sequence.confirmed:  # else it has adopted cached blocks beyond
@@ -239,12 +243,6 @@ class Scheduler(Generic[K]):
                 if update.finish is not None:
                     self._end(sequence)
                 updates.append(update)
-            elif isinstance(result, PromptLogprobs):
-                updates.append(
-                    SequenceUpdate(
-                        sequence.spec.key, sequence.answered, cached=sequence.cached, prompt=result
-                    )
-                )
         return updates
 
     def check(self) -> None:
@@ -378,10 +376,11 @@ class Scheduler(Generic[K]):
         )
 
     def _end(self, sequence: LiveSequence[K]) -> None:
-        key = sequence.spec.key
-        sequence.ended = True
-        self._keys.discard(key)
-        self._leaving.pop(key, None)
+        spec, sequence.ended = sequence.spec, True
+        self._keys.discard(spec.key)
+        self._leaving.pop(spec.key, None)
+        if self._speculation is not None:
+            self._speculation.remember(spec.scope, sequence.ids[spec.prompt :])
         if sequence.table is None:
             self._waiting.remove(sequence)
         else:

@@ -75,7 +75,7 @@ class LiveSequence(Generic[K]):
     def candidate(self) -> Candidate:
         """Return the sequence as a candidate for a draft."""
         if self.speculative is None:
-            self.speculative = SpeculativeSequence()
+            self.speculative = SpeculativeSequence(self.spec.scope)
         most = self.length - len(self.ids) - 1
         return Candidate(self.speculative, self.ids, most, self._forced_ids()[: max(most, 0)])
 
