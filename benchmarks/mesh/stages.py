@@ -120,7 +120,7 @@ STAGES = (
         "in",
     ),
     Stage("worker: engine step", "worker", "worker.engine.plan.loop:EngineLoop._results", "out"),
-    Stage("worker: apply, start the next step", "worker", "worker.streams:BatcherStreams._on_report", "in"),
+    Stage("worker: apply, start the next step", "worker", "worker.flow.delivery:Delivery.add", "in"),
     Stage("worker: resume the event loop", "worker", "worker.streams:BatcherStreams._deliver", "in"),
     Stage("worker: make the deltas", "worker", "worker.streams:BatcherStreams._deliver", "out"),
     Stage(

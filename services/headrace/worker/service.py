@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from headrace.worker.allowance import Allowance
+from headrace.worker.flow.allowance import Allowance
 from headrace.worker.stream import BatcherStream
 from headrace.worker.streams import BatcherStreams
 

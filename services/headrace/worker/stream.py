@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.credit import CreditState
+from headrace.worker.flow.credit import CreditState
 from headrace.worker.runner import SequenceSpec, SequenceUpdate
 from headrace.worker.sequences import (
     InFlightSequence,

@@ -15,9 +15,10 @@ from headrace.quoting import clipped
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
-from headrace.worker.credit import capacity, share
-from headrace.worker.delivery import Delivery
 from headrace.worker.engine_metrics import EngineMetrics
+from headrace.worker.flow.credit import capacity, share
+from headrace.worker.flow.delivery import Delivery
+from headrace.worker.flow.step_pace import StepPace
 from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, StepReport
 from headrace.worker.sequences import (
     MAX_PRIORITY,
@@ -27,7 +28,6 @@ from headrace.worker.sequences import (
     sequence_spec,
     span_context,
 )
-from headrace.worker.step_pace import StepPace
 from headrace.worker.stream import BatcherStream
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.worker.__main__ import Worker, engine_loop, worker
-from headrace.worker.credit import IDLE_CREDIT
 from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.flow.credit import IDLE_CREDIT
+from headrace.worker.flow.step_pace import StepPace
 from headrace.worker.settings import Settings as WorkerSettings
-from headrace.worker.step_pace import StepPace
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
 from tests.tier import OracleEngine, Trap, running_tier
 

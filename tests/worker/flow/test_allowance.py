@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.worker.allowance import BURST_SECONDS, OTHER_SECONDS, WORK_SECONDS, Allowance
+from headrace.worker.flow.allowance import BURST_SECONDS, OTHER_SECONDS, WORK_SECONDS, Allowance
 
 KINDS = st.sampled_from(["submit", "cancel", "ack", "ping", "quiesce", None])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.worker.step_pace import StepPace
+from headrace.worker.flow.step_pace import StepPace
 
 STEPS = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64), st.floats(0.001, 1)), max_size=50)
 

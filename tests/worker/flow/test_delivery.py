@@ -10,7 +10,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.worker.delivery import Delivery
+from headrace.worker.flow.delivery import Delivery
 from headrace.worker.runner import FinishReason, SequenceUpdate, StepReport
 from tests.harness import eventually
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.credit import IDLE_CREDIT, CreditState, capacity, fill, share
+from headrace.worker.flow.credit import IDLE_CREDIT, CreditState, capacity, fill, share
 from headrace.worker.runner import SequenceSpec
 from headrace.worker.sequences import InFlightSequence
 from headrace.worker.stream import SILENT_SECONDS, BatcherStream
