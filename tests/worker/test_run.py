@@ -18,7 +18,8 @@ from headrace.channel import open_channel
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
-from headrace.worker import allowance, service, stream
+from headrace.worker import service, stream
+from headrace.worker.flow import allowance
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.service import RUN
 from headrace.worker.streams import BatcherStreams
