@@ -19,8 +19,8 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 from headrace.worker import service, stream
-from headrace.worker.flow import allowance
 from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.flow import allowance
 from headrace.worker.service import RUN
 from headrace.worker.streams import BatcherStreams
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
