@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace.routing.changes.exploring import explore
@@ -79,7 +79,11 @@ def test_the_best_tier_that_can_serve_is_chosen(
     assert set(decision.escalations) == better
 
 
+LARGE_ONES_DOWN = [TierView(name, 0.25 * at, at < 2) for at, name in enumerate(NAMES)]
+
+
 @given(drawn=weighed_tiers(), draw=st.floats(0, 0.999), floored=st.booleans())
+@example(drawn=(LARGE_ONES_DOWN, Weighed((0.125, 0.25, 0.5, 0.5), (0.0,) * 4, 0.0)), draw=0.0, floored=True)
 def test_chance_keeps_to_tiers_that_are_good_enough_for_the_conversation(
     drawn: tuple[list[TierView], Weighed], draw: float, floored: bool
 ) -> None:
@@ -102,6 +106,7 @@ def test_chance_keeps_to_tiers_that_are_good_enough_for_the_conversation(
 
 
 @given(drawn=weighed_tiers(), low=st.floats(0, 1), high=st.floats(0, 1))
+@example(drawn=(LARGE_ONES_DOWN, Weighed((0.25, 0.5, 0.5, 0.5), (1.0,) * 4, 0.0)), low=0.0, high=1e-308)
 def test_a_higher_quality_preference_never_lowers_quality_or_cost(
     drawn: tuple[list[TierView], Weighed], low: float, high: float
 ) -> None:

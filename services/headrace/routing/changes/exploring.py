@@ -27,8 +27,8 @@ def explorable(considered: Considered) -> list[int]:
     """Return the places that chance may choose, ascending; the chosen one is among them.
 
     All are allowed, healthy, in time for the deadline and without a full queue. None is below the tier that
-    the conversation has reached, and none is more expensive than a larger one. If the chosen tier itself is
-    late or full, there is no other.
+    the conversation has reached, or below the chosen one where no tier reaches that; and none is more
+    expensive than a larger one. If the chosen tier itself is late or full, there is no other.
     """
     tiers, chosen = considered.tiers, considered.chosen
     if any(trouble(tiers[chosen], considered.seconds_left)):
@@ -41,7 +41,9 @@ def explorable(considered: Considered) -> list[int]:
         and not any(trouble(tiers[place], considered.seconds_left))
     ]
     if considered.weighed is not None:
-        return list(considered.weighed.not_below(usable))
+        good, reached = considered.weighed.good, considered.weighed.reached
+        least = min(good[reached], good[chosen]) if reached >= 0 else 0.0
+        return [place for place in usable if good[place] >= least]
     lowest = min(considered.floor, chosen)
     return [place for place in usable if place >= lowest and cheapest_from(place, usable, tiers) == place]
 

@@ -32,7 +32,7 @@ class Weighed:
 
     def best(self, places: Sequence[int]) -> int:
         """Return the best of *places*, of which there is at least one; of equal ones the cheaper, then the
-        smaller one.
+        one more likely to answer well, then the smaller one.
         """
         return max(places, key=self._rank)
 
@@ -57,11 +57,11 @@ class Weighed:
             return f"P(good) {good:.2f}"
         return f"P(good) {good:.2f} - cost {self.weight * cost:.2f} = {good - self.weight * cost:.2f}"
 
-    def _rank(self, place: int) -> tuple[float, float, int]:
+    def _rank(self, place: int) -> tuple[float, ...]:
         good, cost = self.good[place], self.cost[place]
         if math.isinf(self.weight):
             return -cost, good, -place
-        return good - self.weight * cost, -cost, -place
+        return good - self.weight * cost, -cost, good, -place  # a large weight leaves nothing of `good`
 
 
 def cost_weight(base: float, preference: float) -> float:
