@@ -1,8 +1,8 @@
 """Run the engine's steps on a thread of their own: the `Runner` over our engine.
 
 The thread owns engine and scheduler. Callers pass commands from any thread and receive a report of each step
-through one callback, called on the engine's thread: the worker turns it into one `call_soon_threadsafe` per
-step. A running step cannot be interrupted, so a cancelled sequence ends before the next one.
+through one callback, called on the engine's thread: the worker queues it there for its event loop (see
+`flow.delivery`). A running step cannot be interrupted, so a cancelled sequence ends before the next one.
 
 For an engine that runs ahead, step n + 1 is planned and launched before the results of step n are awaited,
 so that the device does not wait for this thread. Step n is reported after the launch of step n + 2, because
