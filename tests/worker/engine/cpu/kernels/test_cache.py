@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from numba.core.dispatcher import Dispatcher
 
+from headrace.worker.engine.cpu import kernels
 from headrace.worker.engine.cpu.kernels import cache, compiling, decoder_step, paging, sampling
 from headrace.worker.engine.cpu.kernels.sampling import likelihoods
 
@@ -113,3 +117,16 @@ def test_a_worker_compiles_itself_what_the_processes_beside_it_do_not(
 
     assert set(compiled) == set(compiling._ENTRY_POINTS)
     assert len(reported) == 1
+
+
+def test_no_two_kernels_have_the_same_name() -> None:
+    """Else a process could compute one with the code that another process has compiled for the other."""
+    modules = [
+        import_module(found.name) for found in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")
+    ]
+    found = {value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)}
+    names = [(kernel.py_func.__module__, kernel.py_func.__qualname__) for kernel in found]
+
+    assert len(names) > 40
+    assert sorted(names) == sorted(set(names))
+    assert all(module.startswith(kernels.__name__) for module, _ in names)

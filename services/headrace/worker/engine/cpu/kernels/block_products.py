@@ -118,22 +118,21 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
     return m.make_intrinsic([_i8] * 8, emit)
 
 
-def _dispatch(make: Any, arguments: int) -> Any:
+def _dispatch(name: str, make: Any, arguments: int) -> Any:
     """Make a function for 1 to 12 rows from the kernels for 1, 2, 3, 4, 6, 7, 8 and 12 rows."""
     k1, k2, k3, k4, k6, k7, k8, k12 = (make(rows) for rows in (1, 2, 3, 4, 6, 7, 8, 12))
     names = ", ".join(f"a{i}" for i in range(arguments))
-    lines = [f"def chosen(rows, {names}):"]
+    lines = [f"def {name}(rows, {names}):"]
     for rows in (1, 2, 3, 4, 6, 7, 8):
         lines += [f"    if rows <= {rows}:", f"        k{rows}({names})", "        return"]
     lines.append(f"    k12({names})")
     scope = {"k1": k1, "k2": k2, "k3": k3, "k4": k4, "k6": k6, "k7": k7, "k8": k8, "k12": k12}
-    exec("\n".join(lines), scope)
-    return m.jit(scope["chosen"])
+    return m.jit_source(name, lines, __name__, scope)
 
 
-score_half = _dispatch(lambda rows: _scores(rows, True), 5)
-score_full = _dispatch(lambda rows: _scores(rows, False), 5)
-weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 8)
-weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 8)
-weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 8)
-weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 8)
+score_half = _dispatch("score_half", lambda rows: _scores(rows, True), 5)
+score_full = _dispatch("score_full", lambda rows: _scores(rows, False), 5)
+weigh_half = _dispatch("weigh_half", lambda rows: _weigh(rows, True, 2), 8)
+weigh_full = _dispatch("weigh_full", lambda rows: _weigh(rows, False, 2), 8)
+weigh_half_last = _dispatch("weigh_half_last", lambda rows: _weigh(rows, True, 1), 8)
+weigh_full_last = _dispatch("weigh_full_last", lambda rows: _weigh(rows, False, 1), 8)

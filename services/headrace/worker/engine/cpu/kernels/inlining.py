@@ -1,4 +1,4 @@
-"""The decorator of all kernels: `jit`.
+"""The decorator of all kernels: `jit`, and `jit_source` for kernels whose source is generated.
 
 numba optimises each function together with all functions that it calls and generates machine code for them,
 and then does the same for each caller, although only entry points (see `cache`) are ever called. With seven
@@ -8,6 +8,7 @@ LLVM's intermediate representation, and is optimised once, as a part of the entr
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numba import njit
@@ -64,3 +65,20 @@ jit = njit(
     no_cfunc_wrapper=True,
     pipeline_class=_PartCompiler,
 )
+
+
+def jit_source(name: str, lines: Sequence[str], module: str, scope: Mapping[str, Any]) -> Any:
+    """Make a kernel from the source of a function.
+
+    name     of the function, as *lines* define it; different kernels of a module must have different names
+    lines    its source
+    module   the name of the module that makes it
+    scope    what it refers to
+
+    numba names machine code by module, function, types of arguments, and a number that is unique in the
+    process that compiles. Entry points can be compiled by different processes. A process that loads both
+    takes code of the same name from the first.
+    """
+    scope = {**scope, "__name__": module}
+    exec("\n".join(lines), scope)
+    return jit(scope[name])

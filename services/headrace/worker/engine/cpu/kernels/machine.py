@@ -20,6 +20,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
 
 from headrace.worker.engine.cpu.kernels.inlining import jit as jit
+from headrace.worker.engine.cpu.kernels.inlining import jit_source as jit_source
 
 LANES = 16
 

@@ -172,8 +172,9 @@ def _panel_of(element_type: ElementType) -> Any:
     sizes = [1, 2, 3, 4, 6, 8] + [12] * (element_type is not ElementType.INT8)
     most = sizes[-1]
     names = "a, a_row, a_scales, scales_row, panel, words, scales, bias, out, out_row, add"
+    name = f"panel_of_{element_type.name.lower()}"
     source = [
-        f"def panel_of(rows, {names}, ahead, ahead_lines):",
+        f"def {name}(rows, {names}, ahead, ahead_lines):",
         f"    groups = words // {GROUP_WORDS}",
         f"    tiles = (rows + {most - 1}) // {most}",
         "    lines = (ahead_lines + tiles * groups - 1) // (tiles * groups) if tiles > 1 else 0",
@@ -193,8 +194,7 @@ def _panel_of(element_type: ElementType) -> Any:
         "        ahead += 64 * groups * lines",
     ]
     scope: dict[str, Any] = {f"tile_{size}": _tile(element_type, size) for size in sizes}
-    exec("\n".join(source), scope)
-    return m.jit(scope["panel_of"])
+    return m.jit_source(name, source, __name__, scope)
 
 
 _int8 = _panel_of(ElementType.INT8)
