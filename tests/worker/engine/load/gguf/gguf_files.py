@@ -113,7 +113,8 @@ def write_gguf(
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(names)
         writer.add_token_types([TokenType.NORMAL] * len(names))
-        writer.add_token_merges(["t 1"])
+        writer.add_token_merges(["t 1", "t1 t"])  # transformers 5.17 cannot read only one
+        writer.add_bos_token_id(1)  # transformers 5.17 needs it to read the tokenizer
         writer.add_eos_token_id(2)
     for name, value in ({**keys_of(network, architecture), **(keys or {})}).items():
         _add(writer, name, value)

@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
         tmp_path / "tiny.gguf",
         network,
         "llama",
-        tokens=["t", "1", "t1", *(f"x{number}" for number in range(network.config.vocab_size - 3))],
+        tokens=["t", "1", "t1", "t1t", *(f"x{number}" for number in range(network.config.vocab_size - 4))],
         keys={"tokenizer.ggml.pre": "default", "tokenizer.chat_template": "{{ messages[0].content }}"},
     )
 
