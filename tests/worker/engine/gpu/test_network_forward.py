@@ -152,6 +152,13 @@ def test_linear_layers_are_replaced_and_share_their_weights() -> None:
     torch.testing.assert_close(network(rows), expected)
 
 
+def test_an_exact_linear_layer_accepts_transposed_inputs() -> None:
+    layer = torch.nn.Linear(24, 40, device=DEVICE)
+    rows = torch.randn(1, 24, 5, device=DEVICE).transpose(1, 2)
+
+    torch.testing.assert_close(ExactLinear(layer)(rows), layer(rows))
+
+
 def test_layers_that_may_compute_something_else_are_kept() -> None:
     class Own(torch.nn.Linear):
         pass

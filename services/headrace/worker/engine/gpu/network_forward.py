@@ -92,8 +92,10 @@ class ExactLinear(torch.nn.Module):
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows @ weights + bias; rows [..., in_features]."""
+        """Return rows @ weights + bias; rows [..., in_features], with any strides."""
         flat = rows.reshape(-1, self.in_features)
+        if flat.stride(1) != 1:  # a transposed view, as of a convolution's result
+            flat = flat.contiguous()
         return matmul(flat, self.weight, self.bias).view(*rows.shape[:-1], self.out_features)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace.worker.engine.gpu.kernels import matmul as module
-from headrace.worker.engine.gpu.kernels.matmul import SEGMENT, matmul
+from headrace.worker.engine.gpu.kernels.matmul import SEGMENT, matmul, tile_of
 from tests.worker.engine.gpu.device import DEVICE, DTYPES, needs_cuda
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -93,6 +93,14 @@ def test_segments_of_their_own_programs_change_no_bit(
     monkeypatch.setattr(module, "_FEW_PROGRAMS", 0)
 
     assert torch.equal(matmul(x, weights, bias), split)
+
+
+def test_devices_with_the_instructions_of_8_have_its_tiles() -> None:
+    """Those of 9 spill registers there."""
+    for rows in (1, 2048):
+        of_8, of_9, of_12 = (tile_of(rows, torch.bfloat16, major) for major in (8, 9, 12))
+
+        assert of_12 == of_8 != of_9 == tile_of(rows, torch.bfloat16, 10)
 
 
 def test_a_row_with_nan_does_not_affect_others() -> None:

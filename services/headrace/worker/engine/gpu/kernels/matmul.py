@@ -9,7 +9,7 @@ in one order, whatever the number of rows:
 - With few rows there are few tiles, too few to read the weights at full speed. Then each segment has a
   program of its own, and a second kernel adds their sums in the same order (split-K with a fixed cut).
 - Tiles have 64 or 128 rows and always 128 columns, with one group of four warps per 64 rows. So both compile
-  to the same instruction: m64n128k16 of wgmma on compute capability 9.0, m16n8k16 of mma.sync on 8.x.
+  to the same instruction: m64n128k16 of wgmma on compute capability 9.0, m16n8k16 of mma.sync on 8.x, 12.x.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def tile_of(rows: int, dtype: torch.dtype, major: int) -> Tile:
     """
     if dtype is torch.float32:
         return _FLOAT32
-    return _TILES[min(major, 9)][rows >= _LARGE_FROM]
+    # Others, such as 12, multiply with the instructions of 8, which need the registers of its tiles.
+    return _TILES[9 if major in (9, 10) else 8][rows >= _LARGE_FROM]
 
 
 @functools.cache
