@@ -113,6 +113,9 @@ def test_a_step_is_launched_without_waiting_for_the_device(
 def test_a_launch_returns_before_the_device_has_computed(cuda_engine: Engine) -> None:
     engine: Any = cuda_engine("llama")
     row = Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
+    # The engine keeps the results of one step, so two steps pin all memory that results need. To pin more may
+    # wait for the device.
+    engine.launch([row]).wait()
     expected = engine.launch([row]).wait()
     torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
 
@@ -132,10 +135,10 @@ def test_a_captured_step_computes_whatever_its_inputs_are_filled_with(exact: boo
     model(Part(0, ids, 0, 398))
     model(Part(1, other, 0, 38))
     captured = model.step(Part(1, other, 38, 39), padding=1)
-    logits = model.decoder(captured.ids, captured)
+    logits = model.decoder(captured.ids, captured)  # of each step, see `DeviceForward`
 
     def compute() -> None:
-        logits.copy_(model.decoder(captured.ids, captured))
+        model.decoder(captured.ids, captured)
 
     replay = cuda.GraphPool(DEVICE).capture(compute)
 
@@ -143,8 +146,10 @@ def test_a_captured_step_computes_whatever_its_inputs_are_filled_with(exact: boo
         step = model.step(part, padding=1)
         for name in step.__slots__[1:]:
             getattr(captured, name).copy_(getattr(step, name))
+        logits.zero_()
         replay()
-        assert torch.equal(logits[0], model.decoder(step.ids, step)[0])
+        replayed = logits[0].clone()
+        assert torch.equal(replayed, model.decoder(step.ids, step)[0])
 
 
 def test_a_fetch_returns_results_of_earlier_work() -> None:
@@ -187,8 +192,16 @@ def test_work_that_waits_is_recognised_before_it_is_captured() -> None:
 
     pool = cuda.GraphPool(DEVICE)
 
+    remaining = iter([1])
+
+    def breaks() -> None:
+        if next(remaining, None) is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     assert pool.waits(waits)
     assert not pool.waits(doubles)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pool.waits(breaks)
     replay = pool.capture(doubles)
     source.fill_(21)
     replay()

@@ -273,19 +273,29 @@ def test_parameters_that_cannot_be_applied_fail_alone(device_engine: Callable[..
     assert results[1] == engine.step(rows_of([[4, 5]]))[0]
 
 
-def test_a_failed_launch_costs_only_its_rows(
-    device_engine: Callable[..., GpuEngine], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["allocator", "cuda", "cublas", "triton"],
+)
+def test_a_launch_without_memory_costs_only_its_rows(
+    error: Exception, device_engine: Callable[..., GpuEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = device_engine()
     expected = engine.step(rows_of([[4, 5, 6]]))
     rows = rows_of([[4, 5, 6], [7]], PENALISED)
 
     def fails(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_forward", fails)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error), match=r"memory|ALLOC_FAILED"):
             engine.launch(rows)
 
     assert engine.step(rows_of([[4, 5, 6]])) == expected
@@ -298,8 +308,9 @@ def test_a_failed_launch_costs_only_its_rows(
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"),
         RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+        RuntimeError("CUDA driver error: an illegal memory access was encountered"),
     ],
-    ids=["torch", "cublas", "triton"],
+    ids=["torch", "cublas", "triton", "driver"],
 )
 @pytest.mark.parametrize("late", [False, True], ids=["launch", "wait"])
 def test_an_error_of_the_device_breaks_the_engine(

@@ -206,6 +206,17 @@ def test_padding_of_decode_steps_is_at_most_seven_rows_or_an_eighth(most: int) -
         assert size - rows <= max(7, rows // 8)
 
 
+@pytest.mark.parametrize("most", [1, 128, 300, 1024, 2048, 8192])
+def test_padding_of_steps_with_prompts_is_less_than_128_tokens_or_a_quarter(most: int) -> None:
+    sizes = mixed_sizes(most)
+
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for tokens in range(1, most + 1):
+        size = next(size for size in sizes if size >= tokens)
+        assert size - tokens < max(128, tokens / 4)
+
+
 def test_a_step_runs_in_the_smallest_shape_that_holds_it() -> None:
     ladder = Ladder(max_running=256, step_tokens=2048, tile=16)
 

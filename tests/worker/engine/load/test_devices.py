@@ -184,11 +184,19 @@ def test_weights_that_do_not_fit_although_memory_is_free_are_rejected(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_gpu_without_space_for_a_step_is_rejected() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # as when a graph is instantiated
+    ],
+    ids=["allocator", "graph"],
+)
+def test_a_gpu_without_space_for_a_step_is_rejected(error: Exception) -> None:
     with (
         pytest.raises(
             LoadingError, match=r"cuda:0 has too little memory for steps of 2048 tokens and 256 seq"
         ),
         free_memory.enough_for_steps(CUDA, step_tokens=2048, max_running=256),
     ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error

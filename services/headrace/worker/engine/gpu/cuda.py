@@ -18,6 +18,10 @@ import torch
 
 from headrace.worker.engine.interface import EngineBroken
 
+# In the messages of errors: of CUDA itself, of its driver and of Triton; and of `waiting_forbidden`.
+_OF_CUDA = ("CUDA error", "CUDA driver error", "[CUDA]")
+_WAITED = "synchronizing CUDA operation"
+
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one of this thread in a block: Triton launches kernels there."""
@@ -116,6 +120,8 @@ class GraphPool:
             with waiting_forbidden():
                 run()
         except RuntimeError as error:
+            if _WAITED not in str(error):
+                raise
             return str(error).splitlines()[0]
         return ""
 
@@ -160,14 +166,27 @@ def as_broken(error: Exception) -> Exception:
     An illegal access, a failed assertion or an uncorrectable memory error makes every later call fail. Too
     little memory does not: the cache of torch's allocator is emptied, so that the next step has what it held.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         torch.cuda.empty_cache()  # does nothing before CUDA is used
         return error
     # Triton and cuBLAS report such errors as RuntimeError.
     sticky = isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("CUDA error", "[CUDA]"))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_CUDA)
     )
     return EngineBroken(str(error).splitlines()[0]) if sticky else error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device, or pinned memory, had too little memory for a call.
+
+    Only torch's allocator raises OutOfMemoryError. To launch a graph or a kernel, to load a kernel, to pin
+    memory and to begin with cuBLAS on another thread take memory besides it.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in _OF_CUDA)
+        and any(words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    )
 
 
 def free_device_bytes(device: torch.device) -> int:

@@ -10,7 +10,9 @@ from bisect import bisect_left
 
 from headrace.worker.engine.gpu.step_inputs import StepShape
 
-_FEWEST_MIXED = 128  # tokens of the smallest mixed step: a step with fewer takes as long
+# Tokens of the smallest mixed step, because a step with fewer takes as long, and the least difference of two
+# sizes: matrix products compute tiles of about so many rows.
+_MIXED_STEP = 128
 
 
 class Ladder:
@@ -58,9 +60,13 @@ def decode_sizes(most: int) -> list[int]:
 
 
 def mixed_sizes(most: int) -> list[int]:
-    """Return numbers of tokens up to *most*, each twice the one before."""
-    sizes, size = [], _FEWEST_MIXED
+    """Return numbers of tokens up to *most*: multiples of 128, above 1,024 with gaps of at most a quarter.
+
+    The time of a step with many tokens is that of its matrix products, which compute padding too.
+    """
+    sizes, size = [], _MIXED_STEP
     while size < most:
         sizes.append(size)
-        size *= 2
+        power_of_2 = 1 << (size.bit_length() - 1)
+        size += max(power_of_2 // 4, _MIXED_STEP)
     return [*sizes, most]

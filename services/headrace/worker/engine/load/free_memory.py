@@ -57,10 +57,12 @@ def enough_for_weights(folder: Path, dtype: torch.dtype, device: torch.device) -
 
 @contextlib.contextmanager
 def enough_for_steps(device: torch.device, *, step_tokens: int, max_running: int) -> Iterator[None]:
-    """Convert an error of a GPU's allocator to LoadingError: the weights fit, but steps do not."""
+    """Convert a GPU's error of too little memory to LoadingError: the weights fit, but steps do not."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not cuda.is_out_of_memory(error):
+            raise
         raise LoadingError(
             f"{device} has too little memory for steps of {step_tokens} tokens and {max_running} "
             "sequences besides the weights; choose smaller --step-tokens and --max-running, a smaller model, "

@@ -178,7 +178,7 @@ class _Fetch:
         assert tensor.device == CUDA
         assert tensor.dtype is torch.int32
         self._results = np.zeros(tuple(tensor.shape), np.int32)
-        self._results[1] = 1
+        self._results[1:2] = 1
 
     def wait(self) -> torch.Tensor:
         return torch.from_numpy(self._results)
@@ -226,7 +226,8 @@ def fake_cuda(
 
     monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
     monkeypatch.setattr(cuda, "HostBuffer", _HostBuffer)
-    monkeypatch.setattr(cuda, "Fetch", _Fetch)
+    for module in (cuda, likelihoods):
+        monkeypatch.setattr(module, "Fetch", _Fetch)
     monkeypatch.setattr(cuda, "GraphPool", lambda device: FakePool(recorder))
     monkeypatch.setattr(cuda, "current_device", lambda device: contextlib.nullcontext())
     for module in (slots, sampler, likelihoods):
