@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,16 +34,25 @@ def run(report: Report, shape: Shape | None) -> None:
     """Measure the kernels, as long as there is time."""
     rehearse = report.options.rehearse
     models = [SHAPES["tiny-llama"]] if rehearse else [SHAPES[name] for name in _MODELS]
-    with torch.inference_mode():
-        for model in models:
-            for rows, keys in ((2, 70),) if rehearse else _DECODES:
-                if report.left > 3:
-                    _decode(report, model, rows, keys)
-        for model in models:
-            if report.left > 5:
-                _prefill(report, model, 40 if rehearse else _CHUNK)
-        if report.left > 5:
-            _sampling(report, models[0], 3 if rehearse else 256)
+    decodes = ((2, 70),) if rehearse else _DECODES
+    measured: list[Callable[[], None]] = [
+        *(partial(_decode, report, model, *step) for model in models for step in decodes),
+        *(partial(_prefill, report, model, 40 if rehearse else _CHUNK) for model in models),
+        *(partial(_sampling, report, models[0], 3 if rehearse else 256, *kind) for kind in _SAMPLED),
+    ]
+    errors = []
+    for number, measure in enumerate(measured):
+        if report.left < 5:
+            report.row(f"{len(measured) - number} measurements", note="skipped: no time is left")
+            break
+        try:
+            with torch.inference_mode():
+                measure()
+        except Exception as error:  # the others may work
+            traceback.print_exc()
+            errors.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(measured)} measurements failed: {'; '.join(errors)}")
 
 
 def _setting(report: Report) -> tuple[torch.device, torch.dtype]:
@@ -111,26 +122,25 @@ def _torch_seconds(
     return measure(attend, device, budget=0.1)
 
 
-def _sampling(report: Report, shape: Shape, rows: int) -> None:
+def _sampling(report: Report, shape: Shape, rows: int, name: str, params: SamplingParams) -> None:
     """Time a whole sampling of *rows* rows, whose logits must be read at least once."""
     from headrace.worker.engine.gpu.sampler import DeviceSampler
 
     device, dtype = _setting(report)
     logits = torch.randn(rows, shape.vocabulary, device=device).mul_(3).to(dtype)
     results = torch.zeros(3, rows, dtype=torch.int32, device=device)
-    for name, params in _SAMPLED:
-        step = make_step(shape, [(39, 40)] * rows, device, dtype, layers=1, params=params)
-        sampler = DeviceSampler(rows, shape.vocabulary, frozenset({shape.vocabulary - 1}), device)
-        for row in step.rows:
-            if fault := sampler.assign(row.memo.kept.index, row):
-                raise RuntimeError(fault.message)
-        seconds = seconds_of(partial(sampler.draw, logits, step.inputs, results), device, budget=0.1)
-        report.row(
-            f"sampling, {name}, B = {rows}, {shape.vocabulary} tokens",
-            1e6 * seconds,
-            "us",
-            note=_beside_bandwidth(report, seconds, logits),
-        )
+    step = make_step(shape, [(39, 40)] * rows, device, dtype, layers=1, params=params)
+    sampler = DeviceSampler(rows, shape.vocabulary, frozenset({shape.vocabulary - 1}), device)
+    for row in step.rows:
+        if fault := sampler.assign(row.memo.kept.index, row):
+            raise RuntimeError(fault.message)
+    seconds = seconds_of(partial(sampler.draw, logits, step.inputs, results), device, budget=0.1)
+    report.row(
+        f"sampling, {name}, B = {rows}, {shape.vocabulary} tokens",
+        1e6 * seconds,
+        "us",
+        note=_beside_bandwidth(report, seconds, logits),
+    )
 
 
 def _beside_bandwidth(report: Report, seconds: float, logits: torch.Tensor) -> str:
