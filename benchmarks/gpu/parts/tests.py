@@ -27,7 +27,7 @@ _PLUGINS = (
 
 
 # Most processes that run tests: most of their time is that of Triton's compiler, on one core each.
-_PROCESSES = 12
+_PROCESSES = 15
 
 
 def run(report: Report, shape: Shape | None) -> None:
