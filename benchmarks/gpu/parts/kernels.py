@@ -65,20 +65,20 @@ def _decode(report: Report, shape: Shape, rows: int, keys: int) -> None:
     layers = 1 if report.options.rehearse else max(-(-_READ_BYTES // row_bytes), 1)
     step = make_step(shape, [(keys - 1, keys)] * rows, device, dtype, layers=layers)
     ours = _attention_seconds(step, shape, device, dtype) / layers
-    theirs = _torch_seconds(shape, rows, 1, keys, device, dtype, layers) / layers
+    theirs = _beside_torch(shape, rows, 1, keys, device, dtype, layers)
     report.row(
         f"attention of decodes, {shape.name}, B = {rows}, {keys} keys",
         row_bytes / ours / 1e9,
         "GB/s",
         limit=report.facts["copy"] / 1e9 if "copy" in report.facts else None,
-        note=f"{1e6 * ours:.1f} us, SDPA of torch over contiguous keys {1e6 * theirs:.1f} us",
+        note=f"{1e6 * ours:.1f} us, {theirs}",
     )
 
 
 def _prefill(report: Report, shape: Shape, chunk: int) -> None:
     device, dtype = _setting(report)
     flops = 2 * 4 * shape.heads * shape.head_dim * chunk * (chunk + 1) / 2
-    theirs = _torch_seconds(shape, 2, chunk, chunk, device, dtype, 1)
+    theirs = _beside_torch(shape, 2, chunk, chunk, device, dtype, 1)
     for exact in (False, True):
         step = make_step(shape, [(0, chunk)] * 2, device, dtype, layers=1, exact=exact)
         ours = _attention_seconds(step, shape, device, dtype)
@@ -87,7 +87,7 @@ def _prefill(report: Report, shape: Shape, chunk: int) -> None:
             flops / ours / 1e12,
             "TFLOP/s",
             limit=report.facts["flops"] / 1e12 if "flops" in report.facts else None,
-            note=f"{1e6 * ours:.0f} us, SDPA of torch over contiguous keys {1e6 * theirs:.0f} us",
+            note=f"{1e6 * ours:.0f} us, {theirs}",
         )
 
 
@@ -98,7 +98,7 @@ def _attention_seconds(step: DeviceStep, shape: Shape, device: torch.device, dty
     return seconds_of(partial(step.attend, query, out), device, budget=0.1)
 
 
-def _torch_seconds(
+def _beside_torch(
     shape: Shape,
     rows: int,
     queries: int,
@@ -106,8 +106,11 @@ def _torch_seconds(
     device: torch.device,
     dtype: torch.dtype,
     layers: int,
-) -> float:
-    """Time torch's attention in as many layers, for rows of equal length: it has no pages."""
+) -> str:
+    """Time a layer of torch's attention, of as many layers, for rows of equal length: it has no pages.
+
+    Returns a note. An error of it is not one of ours.
+    """
     query = torch.randn(rows, shape.heads, queries, shape.head_dim, device=device, dtype=dtype)
     held = torch.randn(layers, 2, rows, shape.kv_heads, keys, shape.head_dim, device=device, dtype=dtype)
 
@@ -119,7 +122,11 @@ def _torch_seconds(
 
     # Some of its implementations cannot be captured.
     measure = seconds_of_launches if layers == 1 else seconds_of
-    return measure(attend, device, budget=0.1)
+    try:
+        seconds = measure(attend, device, budget=0.1) / layers
+    except Exception as error:
+        return f"SDPA of torch failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"SDPA of torch over contiguous keys {1e6 * seconds:.1f} us"
 
 
 def _sampling(report: Report, shape: Shape, rows: int, name: str, params: SamplingParams) -> None:
