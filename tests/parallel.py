@@ -1,8 +1,8 @@
 """Run the suite in several processes with pytest-xdist: `pytest -n 3`.
 
 The tests of a file run in one process and in order, so that what a module's fixtures start is started once.
-Files in `TOGETHER` stay in one process as well; those in `APART` are divided. Tests marked `quiet` measure
-time: no other test runs beside them.
+Files in `TOGETHER` stay in one process as well; those in `APART` and `EACH` are divided. Tests marked `quiet`
+measure time: no other test runs beside them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ TOGETHER = (
 # Folders whose tests share nothing: each function may run in another process. On a GPU, almost all of their
 # time is that of Triton's compiler.
 APART = ("tests/worker/engine/gpu/",)
+# A file of which each test may run in another process: most load an engine with kernels of its own.
+EACH = "tests/worker/engine/gpu/test_cuda.py"
 # What takes longest starts first, so that all processes end at about the same time.
 FIRST = (
     "tests/hostile/",
     "tests/mesh/real/",
     "tests/faults/",
     "tests/cli/",
+    EACH,
     "tests/worker/engine/",
     "tests/batcher/text/",
     "tests/benchmarks/",
@@ -45,6 +48,8 @@ _FOLDER = "headrace_folder"  # the name under which the processes of a run recei
 def unit_of(nodeid: str) -> str:
     """Return the name of the unit that a test belongs to; the tests of a unit run in one process."""
     path = nodeid.partition("::")[0]
+    if path == EACH:
+        return nodeid
     if path.startswith(APART):
         return nodeid.partition("[")[0]
     return next((unit[0] for unit in TOGETHER if path.startswith(unit)), path)

@@ -1,4 +1,4 @@
-"""What the hardware allows at most, from the card's measured bandwidth and matrix products, and our goals.
+"""What the hardware allows at most, from the card's bandwidth and measured matrix products, and our goals.
 
 A decode step reads all weights once and the keys and values of all its tokens' sequences; a prefill step is
 bound by its matrix products. Everything else (activations, sampling, launches) counts as our own overhead.
@@ -33,7 +33,7 @@ PEER = (4.0, 6.0)  # over transformers' continuous batching
 class Ceilings:
     """What the card can do.
 
-    bandwidth   bytes per second that are read and written by a copy within its memory
+    bandwidth   bytes per second of its memory: of its data sheet, or that a copy reads and writes
     flops       floating point operations per second of a large matrix product in bfloat16
     """
 

@@ -21,6 +21,7 @@ from benchmarks.gpu.results import Results, Row, sentence
 
 _GRACE = 15.0  # seconds that a job may take beyond its time limit before its process is killed
 _RESERVE = 3.0  # seconds for the end of the run
+_KILLED = 10.0  # seconds for the end of a killed process: the driver has much memory to free, or hangs
 
 
 class Child:
@@ -64,8 +65,11 @@ class Child:
         """End it and all processes that it started. Returns how it ended."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self._reader.join()
+        try:
+            code = self._process.wait(_KILLED)
+        except subprocess.TimeoutExpired:
+            return "it does not end although it was killed"
+        self._reader.join(_KILLED)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()

@@ -64,7 +64,8 @@ PACKAGES = (
 )
 # The engine imports it, but llvmlite alone has 57 MiB, and many machines have it.
 NUMBA = ("llvmlite", "numba")
-_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + ["manylinux2014_x86_64"]
+# pip compares names, so each version of glibc is listed: up to that of Ubuntu 22.04.
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)] + ["manylinux2014_x86_64"]
 _PYTHON = "3.12"
 
 
@@ -78,7 +79,7 @@ def main(given: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--implementation", "cp", "--python-version", _PYTHON, "--dest", str(folder)]
-    command += [part for platform in _PLATFORMS for part in ("--platform", platform)]
+    command += [part for platform in PLATFORMS for part in ("--platform", platform)]
     names = [*PACKAGES, *(NUMBA if arguments.numba else ())]
     code = subprocess.run([*command, *pinned(names)], check=False).returncode
     found = list(folder.glob("*.whl"))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.gpu import jobs, limits, shapes, wheels
 from benchmarks.gpu.__main__ import environment
 from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.processes import pytest_results
 from benchmarks.gpu.report import Options, Report
 from benchmarks.gpu.requests import workload
 from benchmarks.gpu.results import Results, Row, sentence
@@ -79,6 +85,59 @@ def test_what_breaks_a_process_costs_only_its_own_job(
     assert reason in results.ended[f"part {model}"]["error"]
     assert results.failed == [f"part {model}"]
     assert len(set(processes(results))) == 2
+
+
+def test_a_process_ends_with_the_runner(tmp_path: Path) -> None:
+    """A command that is killed at its time limit leaves nothing that holds the device's memory."""
+    options = Options(True, "cpu", "float32", 1.0, 0.25, tmp_path).as_json()
+    ask = {"module": "tests.benchmarks.gpu_parts", "part": "part", "model": "hangs", "options": options}
+    program = f"""
+from pathlib import Path
+from benchmarks.gpu.__main__ import environment
+from benchmarks.gpu.runner import Child
+child = Child(environment(Path(), rehearse=True), Path({str(tmp_path / "log")!r}), [])
+child.ask({ask | {"facts": {}, "seconds": 600.0}!r})
+print(int(child.events.get()["row"]["value"]), flush=True)
+child.events.get()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        child = psutil.Process(int(runner.stdout.readline()))
+        runner.kill()
+
+    child.wait(60)
+
+
+def test_results_of_tests_survive_the_end_of_their_processes(tmp_path: Path) -> None:
+    """In a run of several processes that is killed while a test hangs."""
+    tests = tmp_path / "test_them.py"
+    tests.write_text(
+        "import pytest, time\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert 1 == 2\n"
+        "def test_c(): pytest.skip('why')\n"
+        "def test_d(): time.sleep(600)\n"
+    )
+    file = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "xdist.plugin", "-p", pytest_results.__name__]
+    environ = {**environment(tmp_path, rehearse=True), pytest_results.FILE: str(file)}
+    environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    with subprocess.Popen(
+        [*command, "-c", os.devnull, "--rootdir", str(tmp_path), str(tests)],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        ends = time.monotonic() + 300
+        while len(pytest_results.read(file)) < 3 and time.monotonic() < ends:
+            time.sleep(0.05)
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            each.kill()
+
+    passed, failed, skipped = pytest_results.read(file)
+    assert [result.outcome for result in (passed, failed, skipped)] == ["passed", "failed", "skipped"]
+    assert failed.test.endswith("::test_b")
+    assert failed.message == "assert 1 == 2"
+    assert "def test_b" in failed.text
 
 
 def test_a_job_is_skipped_if_it_no_longer_fits(run: Callable[..., Results]) -> None:
@@ -197,6 +256,16 @@ def test_wheels_are_pinned_and_unpack_to_one_folder(tmp_path: Path) -> None:
     assert all("==" in pin for pin in wheels.pinned([*wheels.PACKAGES, *wheels.NUMBA]))
     with pytest.raises(FileNotFoundError, match="no wheels"):
         wheels.unpack(tmp_path / "unpacked", tmp_path)
+
+
+def test_the_platforms_of_all_wheels_are_asked_for() -> None:
+    """Those of the installed versions, which constraints.txt has too."""
+    for name in wheels.PACKAGES:
+        text = metadata.distribution(name).read_text("WHEEL") or ""
+        tags = [line.rpartition("-")[2] for line in text.splitlines() if line.startswith("Tag: ")]
+        linux = [tag for tag in tags if tag.startswith("manylinux") and tag.endswith("x86_64")]
+
+        assert "any" in tags or not linux or set(linux) & set(wheels.PLATFORMS), (name, tags)
 
 
 def test_processes_find_this_checkout_and_no_settings_of_ours(

@@ -51,6 +51,12 @@ def run(report: Report, shape: Shape | None) -> None:
     report.fact("flops", flops)
     report.row("copy within its memory", copied / 1e9, "GB/s", limit=listed and listed / 1e9)
     report.row("product of bfloat16 matrices", flops / 1e12, "TFLOP/s")
+    report.row(
+        "bandwidth of the limits of steps and the workload",
+        (listed or copied) / 1e9,
+        "GB/s",
+        note="by the data sheet" if listed else "as measured: the data sheet of this card is not known here",
+    )
     report.row("replay of a graph of one kernel", 1e6 * _launch(device), "us")
     report.row("launch of a kernel from Python", 1e6 * _eager(device), "us")
 

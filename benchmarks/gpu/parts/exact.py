@@ -48,10 +48,18 @@ def _products(report: Report) -> None:
 
     options = report.options
     sizes = _TINY_SIZES if options.rehearse else SIZES
-    _show(
-        report, "cuBLAS", _compared(torch.nn.functional.linear, options.device, tiny=options.rehearse), sizes
-    )
-    asked = json.dumps([options.device, options.rehearse])
+    device, tiny = options.device, options.rehearse
+    ours = _compared(matmul, device, tiny=tiny)
+    _show(report, "our kernel", ours, sizes)
+    _show(report, "cuBLAS", _compared(torch.nn.functional.linear, device, tiny=tiny), sizes)
+    _without_splits(report, sizes)
+    if any(ours.values()):
+        raise RuntimeError(f"our product depends on the number of rows: {ours}")
+    _time(report, matmul)
+
+
+def _without_splits(report: Report, sizes: Sequence[int]) -> None:
+    asked = json.dumps([report.options.device, report.options.rehearse])
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.parts.exact", asked],
         env={**os.environ, **_WITHOUT_SPLITS},
@@ -64,11 +72,6 @@ def _products(report: Report) -> None:
         report.row("cuBLAS without splits", note=f"failed: {found.stderr.strip().splitlines()[-1:]}")
     else:
         _show(report, "cuBLAS without splits", json.loads(found.stdout.splitlines()[-1]), sizes)
-    ours = _compared(matmul, options.device, tiny=options.rehearse)
-    _show(report, "our kernel", ours, sizes)
-    if any(ours.values()):
-        raise RuntimeError(f"our product depends on the number of rows: {ours}")
-    _time(report, matmul)
 
 
 def _compared(product: Product, device: str, *, tiny: bool) -> dict[str, list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,16 +34,25 @@ def run(report: Report, shape: Shape | None) -> None:
     """Measure the kernels, as long as there is time."""
     rehearse = report.options.rehearse
     models = [SHAPES["tiny-llama"]] if rehearse else [SHAPES[name] for name in _MODELS]
-    with torch.inference_mode():
-        for model in models:
-            for rows, keys in ((2, 70),) if rehearse else _DECODES:
-                if report.left > 3:
-                    _decode(report, model, rows, keys)
-        for model in models:
-            if report.left > 5:
-                _prefill(report, model, 40 if rehearse else _CHUNK)
-        if report.left > 5:
-            _sampling(report, models[0], 3 if rehearse else 256)
+    decodes = ((2, 70),) if rehearse else _DECODES
+    measured: list[Callable[[], None]] = [
+        *(partial(_decode, report, model, *step) for model in models for step in decodes),
+        *(partial(_prefill, report, model, 40 if rehearse else _CHUNK) for model in models),
+        *(partial(_sampling, report, models[0], 3 if rehearse else 256, *kind) for kind in _SAMPLED),
+    ]
+    errors = []
+    for number, measure in enumerate(measured):
+        if report.left < 5:
+            report.row(f"{len(measured) - number} measurements", note="skipped: no time is left")
+            break
+        try:
+            with torch.inference_mode():
+                measure()
+        except Exception as error:  # the others may work
+            traceback.print_exc()
+            errors.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(measured)} measurements failed: {'; '.join(errors)}")
 
 
 def _setting(report: Report) -> tuple[torch.device, torch.dtype]:
@@ -54,20 +65,20 @@ def _decode(report: Report, shape: Shape, rows: int, keys: int) -> None:
     layers = 1 if report.options.rehearse else max(-(-_READ_BYTES // row_bytes), 1)
     step = make_step(shape, [(keys - 1, keys)] * rows, device, dtype, layers=layers)
     ours = _attention_seconds(step, shape, device, dtype) / layers
-    theirs = _torch_seconds(shape, rows, 1, keys, device, dtype, layers) / layers
+    theirs = _beside_torch(shape, rows, 1, keys, device, dtype, layers)
     report.row(
         f"attention of decodes, {shape.name}, B = {rows}, {keys} keys",
         row_bytes / ours / 1e9,
         "GB/s",
         limit=report.facts["copy"] / 1e9 if "copy" in report.facts else None,
-        note=f"{1e6 * ours:.1f} us, SDPA of torch over contiguous keys {1e6 * theirs:.1f} us",
+        note=f"{1e6 * ours:.1f} us, {theirs}",
     )
 
 
 def _prefill(report: Report, shape: Shape, chunk: int) -> None:
     device, dtype = _setting(report)
     flops = 2 * 4 * shape.heads * shape.head_dim * chunk * (chunk + 1) / 2
-    theirs = _torch_seconds(shape, 2, chunk, chunk, device, dtype, 1)
+    theirs = _beside_torch(shape, 2, chunk, chunk, device, dtype, 1)
     for exact in (False, True):
         step = make_step(shape, [(0, chunk)] * 2, device, dtype, layers=1, exact=exact)
         ours = _attention_seconds(step, shape, device, dtype)
@@ -76,7 +87,7 @@ def _prefill(report: Report, shape: Shape, chunk: int) -> None:
             flops / ours / 1e12,
             "TFLOP/s",
             limit=report.facts["flops"] / 1e12 if "flops" in report.facts else None,
-            note=f"{1e6 * ours:.0f} us, SDPA of torch over contiguous keys {1e6 * theirs:.0f} us",
+            note=f"{1e6 * ours:.0f} us, {theirs}",
         )
 
 
@@ -87,7 +98,7 @@ def _attention_seconds(step: DeviceStep, shape: Shape, device: torch.device, dty
     return seconds_of(partial(step.attend, query, out), device, budget=0.1)
 
 
-def _torch_seconds(
+def _beside_torch(
     shape: Shape,
     rows: int,
     queries: int,
@@ -95,8 +106,11 @@ def _torch_seconds(
     device: torch.device,
     dtype: torch.dtype,
     layers: int,
-) -> float:
-    """Time torch's attention in as many layers, for rows of equal length: it has no pages."""
+) -> str:
+    """Time a layer of torch's attention, of as many layers, for rows of equal length: it has no pages.
+
+    Returns a note. An error of it is not one of ours.
+    """
     query = torch.randn(rows, shape.heads, queries, shape.head_dim, device=device, dtype=dtype)
     held = torch.randn(layers, 2, rows, shape.kv_heads, keys, shape.head_dim, device=device, dtype=dtype)
 
@@ -108,29 +122,32 @@ def _torch_seconds(
 
     # Some of its implementations cannot be captured.
     measure = seconds_of_launches if layers == 1 else seconds_of
-    return measure(attend, device, budget=0.1)
+    try:
+        seconds = measure(attend, device, budget=0.1) / layers
+    except Exception as error:
+        return f"SDPA of torch failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"SDPA of torch over contiguous keys {1e6 * seconds:.1f} us"
 
 
-def _sampling(report: Report, shape: Shape, rows: int) -> None:
+def _sampling(report: Report, shape: Shape, rows: int, name: str, params: SamplingParams) -> None:
     """Time a whole sampling of *rows* rows, whose logits must be read at least once."""
     from headrace.worker.engine.gpu.sampler import DeviceSampler
 
     device, dtype = _setting(report)
     logits = torch.randn(rows, shape.vocabulary, device=device).mul_(3).to(dtype)
     results = torch.zeros(3, rows, dtype=torch.int32, device=device)
-    for name, params in _SAMPLED:
-        step = make_step(shape, [(39, 40)] * rows, device, dtype, layers=1, params=params)
-        sampler = DeviceSampler(rows, shape.vocabulary, frozenset({shape.vocabulary - 1}), device)
-        for row in step.rows:
-            if fault := sampler.assign(row.memo.kept.index, row):
-                raise RuntimeError(fault.message)
-        seconds = seconds_of(partial(sampler.draw, logits, step.inputs, results), device, budget=0.1)
-        report.row(
-            f"sampling, {name}, B = {rows}, {shape.vocabulary} tokens",
-            1e6 * seconds,
-            "us",
-            note=_beside_bandwidth(report, seconds, logits),
-        )
+    step = make_step(shape, [(39, 40)] * rows, device, dtype, layers=1, params=params)
+    sampler = DeviceSampler(rows, shape.vocabulary, frozenset({shape.vocabulary - 1}), device)
+    for row in step.rows:
+        if fault := sampler.assign(row.memo.kept.index, row):
+            raise RuntimeError(fault.message)
+    seconds = seconds_of(partial(sampler.draw, logits, step.inputs, results), device, budget=0.1)
+    report.row(
+        f"sampling, {name}, B = {rows}, {shape.vocabulary} tokens",
+        1e6 * seconds,
+        "us",
+        note=_beside_bandwidth(report, seconds, logits),
+    )
 
 
 def _beside_bandwidth(report: Report, seconds: float, logits: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.gpu import engines, limits
@@ -42,7 +43,9 @@ class Answer:
 def run(report: Report, shape: Shape | None) -> None:
     """Measure one model."""
     assert shape is not None
-    asyncio.run(_run(report, shape))
+    # As `headrace bench`: with asyncio's own loop, the client would need most of the time of a core.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(report, shape))
 
 
 async def _run(report: Report, shape: Shape) -> None:

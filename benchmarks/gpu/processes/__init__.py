@@ -1,1 +1,1 @@
-"""What runs as a process of its own: the measuring child, the worker of the mesh, and vLLM."""
+"""What runs as a process of its own, the measuring child, the worker of the mesh, and vLLM; and in pytest."""
