@@ -158,8 +158,6 @@ def _spills_allowed(itemsize: int, widest: int) -> str:
     """Return why a program may spill registers. Compilers differ in some bytes: Triton 3.7 from 3.9."""
     if itemsize == 4:
         return "float32 has no tensor cores: all operands are in registers"
-    if widest <= 64:
-        return "8 bytes with Triton 3.6, though registers are left"
     return "heads of more than 256 numbers are rare" if widest > 256 else ""
 
 
