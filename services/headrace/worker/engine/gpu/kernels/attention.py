@@ -84,7 +84,7 @@ def attend(
     assert partials is None or (segmented and tile == 1)
     shape = tiling(tile, heads // kv_heads, key_dim, value_dim, query.itemsize, capability)
     constants = _constants(shape, tile, heads, kv_heads, key_dim, value_dim, masking, block_tokens)
-    attend_tile[(tiles, kv_heads, partials.programs if partials else 1)](
+    attend_tile[(tiles * kv_heads, partials.programs if partials else 1)](
         query, key_pages, value_pages, tables,
         step.slots, step.offsets, step.starts, step.tile_rows, step.tile_offsets,
         out, partials.memory if partials else out,
