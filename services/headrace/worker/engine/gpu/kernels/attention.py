@@ -84,7 +84,7 @@ def attend(
     assert partials is None or (segmented and tile == 1)
     shape = tiling(tile, heads // kv_heads, key_dim, value_dim, query.itemsize, capability)
     constants = _constants(shape, tile, heads, kv_heads, key_dim, value_dim, masking, block_tokens)
-    attend_tile[(tiles, kv_heads, partials.programs if partials else 1)](
+    attend_tile[(tiles * kv_heads, partials.programs if partials else 1)](
         query, key_pages, value_pages, tables,
         step.slots, step.offsets, step.starts, step.tile_rows, step.tile_offsets,
         out, partials.memory if partials else out,
@@ -158,8 +158,6 @@ def _spills_allowed(itemsize: int, widest: int) -> str:
     """Return why a program may spill registers. Compilers differ in some bytes: Triton 3.7 from 3.9."""
     if itemsize == 4:
         return "float32 has no tensor cores: all operands are in registers"
-    if widest <= 64:
-        return "8 bytes with Triton 3.6, though registers are left"
     return "heads of more than 256 numbers are rare" if widest > 256 else ""
 
 

@@ -101,13 +101,14 @@ def attend_tile(
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, KEY_TILE: tl.constexpr,
     SEGMENT_KEYS: tl.constexpr, SEGMENTED: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Compute a query tile of one key head; the program's indices: tile, key head, share of the segments."""
-    # The last tiles of a long row have the most keys, so they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    """Compute a query tile of one key head; the program's indices: both of these, share of the segments."""
+    # The last tiles of a long row have the most keys, so they start first, in all heads: what remains for the
+    # end are short ones. The heads of a tile start together, as their keys are neighbours in memory.
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
     row = tl.load(tile_rows + tile)
     if row < 0:
         return
-    kv_head = tl.program_id(1)
     first_token = tl.load(tile_offsets + tile)
     first_position = tl.load(starts + row) + first_token - tl.load(offsets + row)
     count = tl.minimum(tl.load(offsets + row + 1) - first_token, TILE)
@@ -139,8 +140,8 @@ def attend_tile(
     sums = tl.zeros([LINES, VALUE_WIDTH], tl.float32)
 
     if SPLIT:
-        first_segment = first_tile // tiles_of_segment + tl.program_id(2)
-        for segment in range(first_segment, tl.cdiv(end_tile, tiles_of_segment), tl.num_programs(2)):
+        first_segment = first_tile // tiles_of_segment + tl.program_id(1)
+        for segment in range(first_segment, tl.cdiv(end_tile, tiles_of_segment), tl.num_programs(1)):
             highest = tl.full([LINES], float("-inf"), tl.float32)
             total = tl.zeros([LINES], tl.float32)
             sums = tl.zeros([LINES, VALUE_WIDTH], tl.float32)

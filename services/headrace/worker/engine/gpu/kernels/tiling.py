@@ -46,11 +46,14 @@ def tiling(tile: int, group: int, key_dim: int, value_dim: int, itemsize: int, c
         # Without tensor cores, all operands are in registers.
         return Tiling(lines, 16 if widest > 64 else 32, 4 if lines * widest <= 16 * 128 else 8, 1)
     key_tile = 64 if widest <= 128 else 8192 // widest
-    if lines < 64:
-        # Limited by bandwidth: a key tile in flight, and several programs per multiprocessor. Triton spends
-        # two stages on a key tile in flight, because its keys are found through the block table.
-        return Tiling(lines, key_tile, 4, 3)
     room = shared_bytes(capability)
+    if lines < 64:
+        # Limited by bandwidth: as many bytes in flight as possible. Triton spends two stages on a key tile in
+        # flight, because its keys are found through the block table. With three stages, a program waits for
+        # a tile as soon as it has asked for it; with five, it computes one meanwhile. Registers allow three
+        # programs per multiprocessor, which must still fit with a second tile.
+        two_tiles = 2 * key_tile * (keys + values) * itemsize
+        return Tiling(lines, key_tile, 4, 5 if 3 * (two_tiles + 8192) < room else 3)
     if room < _SHARED_BYTES[90] and widest > 64:
         key_tile //= 2  # without warpgroup products, scores and all operands are in registers too
     needed = (lines * keys + 3 * key_tile * (keys + values)) * itemsize
