@@ -76,6 +76,12 @@ class Settings(ServiceSettings):
         description="GiB of KV memory; 0 uses nine tenths of free memory on GPUs, and on CPUs a quarter, but "
         "no more than --max-running sequences can use",
     )
+    gpu_memory_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that the worker may use; less than 1 if several use one GPU",
+    )
     context_length: int = Field(
         default=0, ge=0, description="most tokens of prompt and answer together; 0 for the model's own limit"
     )

@@ -48,6 +48,7 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
+        envvar="HEADRACE_DEVICE",
         help="Device of the models: cpu (the default), cuda or cuda:N. vLLM chooses its own.",
     ),
 ]

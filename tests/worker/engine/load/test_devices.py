@@ -131,6 +131,12 @@ def test_kernels_of_different_hardware_differ(machine: Callable[..., None]) -> N
     assert len(seen) == 4
 
 
+@pytest.fixture
+def triton_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "triton_start_error", lambda: "")
+
+
+@pytest.mark.usefixtures("triton_starts")
 @pytest.mark.parametrize("exact", [True, False])
 def test_exact_results_need_settings_of_cublas_before_cuda_starts(
     exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,12 +154,28 @@ def test_exact_results_need_settings_of_cublas_before_cuda_starts(
     assert called == ["round_once"] * exact
 
 
+@pytest.mark.usefixtures("triton_starts")
 def test_compiled_kernels_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", environment := dict[str, str]())
 
     set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
 
     assert environment == {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+
+
+def test_a_machine_on_which_triton_launches_no_kernels_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look like a problem of the model. Here, it is the missing GPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton can start")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/compiled")
+
+    with pytest.raises(
+        LoadingError, match=r"Triton cannot build .*active drivers.* write to, now /compiled$"
+    ):
+        set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
 
 
 @pytest.mark.parametrize("free", [0, 10_000])
@@ -192,3 +214,36 @@ def test_a_gpu_without_space_for_a_step_is_rejected() -> None:
         free_memory.enough_for_steps(CUDA, step_tokens=2048, max_running=256),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.usefixtures("triton_starts")
+def test_a_worker_that_shares_a_gpu_is_limited_to_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first worker takes nine tenths, and the second does not start."""
+    limits: list[float] = []
+    monkeypatch.setattr("os.environ", dict[str, str]())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 << 30, 8 << 30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share)
+    )
+
+    set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
+    set_up(Target(CUDA, gpu=True), tmp_path, exact=False, memory_share=0.5)
+
+    assert limits == [0.5 - 1 / 16]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "reserved", "free"),
+    [(1.0, 1, 7), (0.5, 1, 3), (0.5, 5, 0), (0.95, 0, 7)],
+    ids=["whole", "the rest of its share", "beyond its share", "taken by others"],
+)
+def test_free_memory_ends_at_the_share_of_the_worker(
+    fraction: float, reserved: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved << 30)
+
+    assert free_memory.free_bytes(CUDA) == free << 30

@@ -66,6 +66,7 @@ def load_engine(
     exact: bool = False,
     allow_pickle: bool = False,
     kv_memory: float | None = None,
+    gpu_memory_share: float = 1.0,
     progress: Report = ignore,
     warn: Report = ignore,
     read: ReadNetwork | None = None,
@@ -79,25 +80,24 @@ def load_engine(
     device                  "cpu", "cuda" or "cuda:N"
     dtype                   one of `precision.NAMES`; see `choose_precision`
     threads                 threads of torch on the CPU; None for torch's default
-    context_length          most tokens of prompt and answer; None for the model's limit, at most
-                            `model_config.DEFAULT_CONTEXT`
+    context_length          most tokens of prompt and answer; None: see `model_config.choose_context`
     max_running             most sequences that run at the same time
     step_tokens             most tokens of a step; KV memory leaves space for such a step
     exact                   on a GPU, compute batch-invariant results; on a CPU they are anyway
     allow_pickle            whether weights may be pickles, which can hold code
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`
+    gpu_memory_share        share of a GPU's memory that this process may use
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
     read                    reads the network from the folder; by default `read_network`
 
-    Raises LoadingError, or UnsupportedModel if this engine would not compute the model correctly. Each
-    message is one line; the traceback of an unexpected error is logged at level DEBUG.
+    Raises LoadingError, see `refusals`; UnsupportedModel if it would not compute the model correctly.
     """
     with as_loading_error(f"cannot load {path}", f"{SEE_MODELS}; --log-level DEBUG logs the traceback"):
         limit_malloc_arenas()
         target = choose_device(device)
         if target.gpu:
-            set_up(target, cache, exact=exact)
+            set_up(target, cache, exact=exact, memory_share=gpu_memory_share)
         elif exact:
             warn("--exact has no effect on a CPU, where the fast kernels are batch-invariant anyway")
         if threads is not None:
