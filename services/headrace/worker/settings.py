@@ -52,8 +52,8 @@ class Settings(ServiceSettings):
     device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
-        description="data type of the computation; auto uses bfloat16 on GPUs, and int8 on CPUs with int8 dot "
-        "products, for models that support it",
+        description="data type of the computation; auto uses bfloat16 on GPUs, and on CPUs with int8 dot "
+        "products int8, for models that support it",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 for torch's default")
     cpus: str = Field(
