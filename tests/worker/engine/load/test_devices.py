@@ -12,6 +12,7 @@ import torch
 from headrace.worker.engine.gpu import probes
 from headrace.worker.engine.load import free_memory
 from headrace.worker.engine.load.devices import Target, choose_device, set_up
+from headrace.worker.engine.load.loading import _as_unsupported
 from headrace.worker.engine.load.refusals import LoadingError
 
 CUDA = torch.device("cuda", 0)
@@ -206,14 +207,25 @@ def test_weights_that_do_not_fit_although_memory_is_free_are_rejected(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_gpu_without_space_for_a_step_is_rejected() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "a graph", "a kernel", "cuBLAS"],
+)
+def test_a_gpu_without_space_for_a_step_is_rejected(error: Exception) -> None:
     with (
         pytest.raises(
             LoadingError, match=r"cuda:0 has too little memory for steps of 2048 tokens and 256 seq"
         ),
         free_memory.enough_for_steps(CUDA, step_tokens=2048, max_running=256),
+        _as_unsupported(object(), Target(CUDA, gpu=True)),
     ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
 
 @pytest.mark.usefixtures("triton_starts")

@@ -13,6 +13,8 @@ from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.load.model_files import weight_numbers
 from headrace.worker.engine.load.refusals import LoadingError
 
+_LACKS_MEMORY = ("CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def free_bytes(device: torch.device) -> int:
     """Return how much can still be allocated on the device; on the CPU within the limits of its cgroups."""
@@ -57,16 +59,26 @@ def enough_for_weights(folder: Path, dtype: torch.dtype, device: torch.device) -
 
 @contextlib.contextmanager
 def enough_for_steps(device: torch.device, *, step_tokens: int, max_running: int) -> Iterator[None]:
-    """Convert an error of a GPU's allocator to LoadingError: the weights fit, but steps do not."""
+    """Convert an error of a GPU with too little memory to LoadingError: the weights fit, but steps do not."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         raise LoadingError(
             f"{device} has too little memory for steps of {step_tokens} tokens and {max_running} "
             "sequences besides the weights and KV memory; end other processes on it, or give each a "
             "--gpu-memory-share; else choose smaller --step-tokens and --max-running, a smaller model, or a "
             "larger GPU"
         ) from error
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error is for too little memory, of an allocator of torch or of CUDA itself."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Graphs, modules of kernels and cuBLAS have memory that torch does not allocate.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LACKS_MEMORY)
 
 
 def _process_status(name: str) -> int:

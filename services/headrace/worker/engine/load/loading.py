@@ -32,7 +32,7 @@ from headrace.worker.engine.load.assembly import (
     release_freed_memory,
 )
 from headrace.worker.engine.load.devices import Plan, Target, choose_device, set_up
-from headrace.worker.engine.load.free_memory import enough_for_steps
+from headrace.worker.engine.load.free_memory import enough_for_steps, lacks_memory
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.precision import Precision, choose_precision, decoder_precision
 from headrace.worker.engine.load.refusals import (
@@ -310,9 +310,9 @@ def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
     """Convert an exception of a model's own code, which ragged batches can cause, to UnsupportedModel."""
     try:
         yield
-    except (LoadingError, torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, LoadingError) or lacks_memory(error):
+            raise
         log.debug("the code of the model failed", exc_info=True)
         name, reason = type(network).__name__, one_line(error)
         raise UnsupportedModel(
