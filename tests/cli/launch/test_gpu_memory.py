@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from headrace.cli.__main__ import app
 from headrace.cli.launch import up
 from headrace.cli.launch.gpu_memory import memory_shares, weight_bytes
 from headrace.cli.launch.mesh import MeshSpec, plan_processes
-from headrace.cli.launch.tiers import parse_tiers
+from headrace.cli.launch.tiers import BadSpec, parse_tiers
 from headrace.worker.settings import Settings
 
 SHARE = "HEADRACE_GPU_MEMORY_SHARE"
@@ -82,3 +84,20 @@ def test_the_variable_takes_precedence(tmp_path: Path, monkeypatch: pytest.Monke
     workers, *_ = plan_processes(spec, list(range(1, 12)), cores=2)
 
     assert [worker.environment[SHARE] for worker in workers] == ["0.2", "0.2"]
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_the_device_may_be_a_variable(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers inherit it, so threads and memory must be planned for it."""
+    found: list[MeshSpec] = []
+
+    def prepare(spec: MeshSpec, _: Console) -> MeshSpec:
+        found.append(spec)
+        raise BadSpec("enough")
+
+    monkeypatch.setattr(up, "prepare", prepare)
+
+    result = CliRunner().invoke(app, [command, "--cache", str(tmp_path)], env={"HEADRACE_DEVICE": "cuda:1"})
+
+    assert result.exit_code
+    assert [spec.device for spec in found] == ["cuda:1"]
