@@ -82,7 +82,7 @@ RUN --mount=type=cache,target=/root/.cache/pip python packages.py worker.txt dis
 FROM packages AS worker-gpu-packages
 COPY k8s/images/worker-gpu.txt ./
 ARG PIP_ARGS
-RUN --mount=type=cache,target=/root/.cache/pip python packages.py worker-gpu.txt dist/*.whl worker ${PIP_ARGS} \
+RUN --mount=type=cache,target=/root/.cache/pip python packages.py worker-gpu.txt dist/*.whl worker-gpu ${PIP_ARGS} \
  && python sbom.py worker-gpu / /opt/headrace/packages /opt/headrace/app > /opt/headrace/app/sbom.cdx.json
 
 FROM scratch AS service

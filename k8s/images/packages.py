@@ -42,6 +42,13 @@ _STARTS = {
     "batcher": ("headrace.batcher.__main__", "uvloop", "tokenizers", "jinja2.sandbox"),
     "upstream": ("headrace.upstream.__main__", "uvloop"),
     "worker": ("headrace.worker.__main__", "uvloop", "headrace.worker.engine.load.loading"),
+    # Each start reads the network with transformers: that of a CPU does only the first time.
+    "worker-gpu": (
+        *("headrace.worker.__main__", "uvloop", "headrace.worker.engine.load.loading"),
+        *("headrace.worker.engine.load.model_config", "headrace.worker.engine.load.network"),
+        *("headrace.worker.engine.gpu.engine", "headrace.worker.engine.gpu.decoder"),
+        *("headrace.worker.engine.gpu.network_forward", "transformers.models.llama.modeling_llama"),
+    ),
 }
 
 

@@ -184,6 +184,7 @@ def _torch(settings: Settings, cache: Path) -> Runner[SequenceKey]:
         exact=settings.exact,
         allow_pickle=settings.allow_pickle,
         kv_memory=settings.kv_memory or None,
+        gpu_memory_share=settings.gpu_memory_share,
         tokenizer_fingerprint=tokenizer_fingerprint(path),
         progress=partial(_progress, settings),
         warn=_warn,

@@ -52,8 +52,8 @@ class Settings(ServiceSettings):
     device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
-        description="data type of the computation; auto uses int8 on CPUs with int8 dot products, for models "
-        "that support it",
+        description="data type of the computation; auto uses bfloat16 on GPUs, and on CPUs with int8 dot "
+        "products int8, for models that support it",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 for torch's default")
     cpus: str = Field(
@@ -76,8 +76,16 @@ class Settings(ServiceSettings):
         description="GiB of KV memory; 0 uses nine tenths of free memory on GPUs, and on CPUs a quarter, but "
         "no more than --max-running sequences can use",
     )
+    gpu_memory_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that the worker may use; less than 1 if several use one GPU",
+    )
     context_length: int = Field(
-        default=0, ge=0, description="most tokens of prompt and answer together; 0 for the model's own limit"
+        default=0,
+        ge=0,
+        description="most tokens of prompt and answer together; 0 for the model's own limit, at most 8192",
     )
     max_running: int = Field(
         default=0,

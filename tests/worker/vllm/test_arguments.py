@@ -32,6 +32,7 @@ def test_settings_that_are_not_set_leave_the_choice_to_vllm() -> None:
         ({"max_running": 64}, ["--max-num-seqs", "64"]),
         ({"step_tokens": 512}, ["--max-num-batched-tokens", "512"]),
         ({"kv_memory": 1.5}, ["--kv-cache-memory-bytes", str(3 << 29)]),
+        ({"gpu_memory_share": 0.4}, ["--gpu-memory-utilization", "0.4"]),
         ({"device": "cuda:2"}, ["--device-ids", "2"]),
         ({"prefix_cache": False}, ["--no-enable-prefix-caching"]),
     ],

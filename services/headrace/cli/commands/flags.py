@@ -48,6 +48,7 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
+        envvar="HEADRACE_DEVICE",
         help="Device of the models: cpu (the default), cuda or cuda:N. vLLM chooses its own.",
     ),
 ]
@@ -55,8 +56,8 @@ Dtype = Annotated[
     Literal["auto", "int8", "bfloat16", "float32", "float16"],
     typer.Option(
         metavar="DTYPE",
-        help="Data type of the computation: int8, bfloat16, float32 or float16; auto is int8 where the CPU "
-        "and the model support it.",
+        help="Data type of the computation: int8, bfloat16, float32 or float16; auto is bfloat16 on GPUs, "
+        "and int8 where the CPU and the model support it.",
     ),
 ]
 Threads = Annotated[

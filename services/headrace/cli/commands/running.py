@@ -119,7 +119,7 @@ def up(
             drain_seconds=drain_seconds,
             tls=tls,
         )
-        prepare(spec, console)
+        spec = prepare(spec, console)
         run_until_signal(run(spec, console), lambda: console.print("stopping..."))
 
 
@@ -203,7 +203,7 @@ def demo(
             vllm_python=find_python(vllm_python),
             vllm_args=vllm_args,
         )
-        prepare(spec, console)
+        spec = prepare(spec, console)
         run_until_signal(run_demo(spec), lambda: console.print("stopping..."))
     if not finished:
         raise typer.Exit(1)

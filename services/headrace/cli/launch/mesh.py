@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 GATEWAY_PORT = "--gateway-port"
+_GPU_MEMORY_SHARE = "HEADRACE_GPU_MEMORY_SHARE"
 _EDGES = ("router", "gateway")  # services that callers from outside of the mesh call
 _STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush telemetry and exit
 # `plan_processes` sets these for each process; inherited values would reach the wrong ones.
@@ -62,6 +63,7 @@ class MeshSpec:
     metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
     device: str = ""  # of our engine; empty: the worker's default
     dtype: str = ""  # of our engine; empty: the worker's default
+    gpu_memory_shares: Mapping[str, str] = field(default_factory=dict)  # by tier, where several use one GPU
     threads: int = 0  # per worker; 0 divides the cores between the workers
     vllm_python: str = ""  # path of the interpreter that runs workers on vLLM; empty for this one
     vllm_args: str = ""  # vLLM's arguments, for all its workers, as on the command line of `vllm serve`
@@ -193,6 +195,9 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             # HEADRACE_TRACE_CONTEXT is for external callers, which call router and gateway. Variables rather
             # than flags, because benchmarks also start older versions, which do not have the flags.
             own = {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier.name}
+            share = spec.gpu_memory_shares.get(tier.name)
+            if share and kind == "worker" and _GPU_MEMORY_SHARE not in inherited:
+                own[_GPU_MEMORY_SHARE] = share
         if spec.metrics_port:
             own["HEADRACE_METRICS_PORT"] = str(spec.metrics_port if kind == "router" else next(metrics_ports))
         variables = {name: value for name, value in inherited.items() if _is_for(kind, name)} | own

@@ -29,15 +29,17 @@ def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[st
         return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
 
 
-def prepare_models(tiers: Sequence[TierSpec], cache: Path, console: Console) -> None:
+def prepare_models(tiers: Sequence[TierSpec], cache: Path, console: Console) -> dict[str, Path]:
     """Fetch the models of *tiers*, and unpack those for vLLM, which reads no .gguf files, in the cache.
 
-    Workers on vLLM find the unpacked folder by the file. Raises ModelUnavailable.
+    Workers on vLLM find the unpacked folder by the file. Returns the fetched files or folders by the names
+    of the models. Raises ModelUnavailable.
     """
     paths = fetch_models([tier.model for tier in tiers if tier.computes], cache, console)
     for model in dict.fromkeys(tier.model for tier in tiers if tier.engine == "vllm"):
         if paths[model].is_file():
             unpack(model, cache, console)
+    return paths
 
 
 def unpack(model: str, cache: Path, console: Console, folder: Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, key_file, shared_folder
+from headrace.cli.launch.gpu_memory import memory_shares, weight_bytes
 from headrace.cli.launch.mesh import HOST, mesh, require_free, require_free_ports
 from headrace.cli.launch.model_files import prepare_models
 from headrace.cli.launch.tiers import require_one_provider
@@ -52,15 +54,22 @@ def gateway_port(router_port: int, console: Console) -> int:
     return 0
 
 
-def prepare(spec: MeshSpec, console: Console) -> None:
-    """Check ports, keys and vLLM, and fetch the models. Raises BadSpec or ModelUnavailable."""
+def prepare(spec: MeshSpec, console: Console) -> MeshSpec:
+    """Check ports, keys and vLLM, fetch the models, and divide the memory of a GPU between their workers.
+
+    Raises BadSpec or ModelUnavailable.
+    """
     require_free_ports(spec)
     require_one_provider(spec.tiers, os.environ)
     if spec.fake:
-        return
+        return spec
     if any(tier.engine == "vllm" for tier in spec.tiers):
         require_vllm(spec.vllm_python)
-    prepare_models(spec.tiers, spec.cache, console)
+    paths = prepare_models(spec.tiers, spec.cache, console)
+    weights = {tier.name: weight_bytes(paths[tier.model]) for tier in spec.tiers if tier.engine == "torch"}
+    if len(weights) < 2 or not spec.device.startswith("cuda"):
+        return spec
+    return dataclasses.replace(spec, gpu_memory_shares=memory_shares(weights))
 
 
 async def up(spec: MeshSpec, console: Console) -> None:

@@ -31,6 +31,8 @@ def arguments(settings: Settings, folder: Path) -> list[str]:
         given += ["--max-num-batched-tokens", str(settings.step_tokens)]
     if settings.kv_memory:
         given += ["--kv-cache-memory-bytes", str(int(settings.kv_memory * _GIB))]
+    if settings.gpu_memory_share < 1:
+        given += ["--gpu-memory-utilization", str(settings.gpu_memory_share)]
     if not settings.allow_pickle:
         given += ["--load-format", "safetensors"]
     if ":" in settings.device:

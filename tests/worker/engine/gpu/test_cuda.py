@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.gpu import cuda, probes
 from headrace.worker.engine.gpu.engine import GpuEngine
 from headrace.worker.engine.interface import Row, SamplingParams, Token
 from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
@@ -180,6 +180,20 @@ def test_a_host_buffer_is_not_overwritten_before_it_is_copied() -> None:
     buffer.array().fill(2)
 
     assert bool((target == 1).all())
+
+
+def test_a_share_of_the_memory_limits_what_can_be_allocated() -> None:
+    _, total = torch.cuda.mem_get_info(DEVICE)
+    try:
+        probes.limit_memory(DEVICE, 0.2)
+
+        free = free_bytes(DEVICE)
+
+        assert free <= 0.2 * total
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(free + (64 << 20), dtype=torch.uint8, device=DEVICE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
 def test_work_that_waits_is_recognised_before_it_is_captured() -> None:

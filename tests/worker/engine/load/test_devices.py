@@ -11,6 +11,7 @@ import torch
 
 from headrace.worker.engine.gpu import probes
 from headrace.worker.engine.load import free_memory
+from headrace.worker.engine.load.assembly import as_unsupported
 from headrace.worker.engine.load.devices import Target, choose_device, set_up
 from headrace.worker.engine.load.refusals import LoadingError
 
@@ -131,6 +132,12 @@ def test_kernels_of_different_hardware_differ(machine: Callable[..., None]) -> N
     assert len(seen) == 4
 
 
+@pytest.fixture
+def triton_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "triton_start_error", lambda: "")
+
+
+@pytest.mark.usefixtures("triton_starts")
 @pytest.mark.parametrize("exact", [True, False])
 def test_exact_results_need_settings_of_cublas_before_cuda_starts(
     exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,12 +155,28 @@ def test_exact_results_need_settings_of_cublas_before_cuda_starts(
     assert called == ["round_once"] * exact
 
 
+@pytest.mark.usefixtures("triton_starts")
 def test_compiled_kernels_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", environment := dict[str, str]())
 
     set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
 
     assert environment == {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+
+
+def test_a_machine_on_which_triton_launches_no_kernels_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look like a problem of the model. Here, it is the missing GPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton can start")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/compiled")
+
+    with pytest.raises(
+        LoadingError, match=r"Triton cannot build .*active drivers.* write to, now /compiled$"
+    ):
+        set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
 
 
 @pytest.mark.parametrize("free", [0, 10_000])
@@ -188,9 +211,11 @@ def test_weights_that_do_not_fit_although_memory_is_free_are_rejected(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        torch.AcceleratorError("CUDA error: out of memory"),  # as when a graph is instantiated
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
-    ids=["allocator", "graph"],
+    ids=["torch", "a graph", "a kernel", "cuBLAS"],
 )
 def test_a_gpu_without_space_for_a_step_is_rejected(error: Exception) -> None:
     with (
@@ -198,5 +223,39 @@ def test_a_gpu_without_space_for_a_step_is_rejected(error: Exception) -> None:
             LoadingError, match=r"cuda:0 has too little memory for steps of 2048 tokens and 256 seq"
         ),
         free_memory.enough_for_steps(CUDA, step_tokens=2048, max_running=256),
+        as_unsupported(object(), gpu=True),
     ):
         raise error
+
+
+@pytest.mark.usefixtures("triton_starts")
+def test_a_worker_that_shares_a_gpu_is_limited_to_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first worker takes nine tenths, and the second does not start."""
+    limits: list[float] = []
+    monkeypatch.setattr("os.environ", dict[str, str]())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 << 30, 8 << 30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share)
+    )
+
+    set_up(Target(CUDA, gpu=True), tmp_path, exact=False)
+    set_up(Target(CUDA, gpu=True), tmp_path, exact=False, memory_share=0.5)
+
+    assert limits == [0.5 - 1 / 16]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "reserved", "free"),
+    [(1.0, 1, 7), (0.5, 1, 3), (0.5, 5, 0), (0.95, 0, 7)],
+    ids=["whole", "the rest of its share", "beyond its share", "taken by others"],
+)
+def test_free_memory_ends_at_the_share_of_the_worker(
+    fraction: float, reserved: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved << 30)
+
+    assert free_memory.free_bytes(CUDA) == free << 30

@@ -193,8 +193,10 @@ def free_device_bytes(device: torch.device) -> int:
     """Return how much can still be allocated, including unused memory in torch's cache."""
     gc.collect()
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free
+    free, total = torch.cuda.mem_get_info(device)
+    # See `probes.limit_memory`.
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(min(free, allowed - torch.cuda.memory_reserved(device)), 0)
 
 
 def peak_device_bytes(device: torch.device, run: Callable[[], None]) -> int:

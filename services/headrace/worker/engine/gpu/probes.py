@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+_CONTEXT_BYTES = 512 << 20  # of a process's CUDA context, libraries and kernels, which torch does not count
+
 
 def built_cuda() -> str:
     """Return the CUDA version that torch was built for, such as "13.0"; empty for builds without CUDA."""
@@ -79,6 +81,18 @@ def has_python_headers() -> bool:
     return Path(paths["include"], "Python.h").is_file()
 
 
+def triton_start_error() -> str:
+    """Return why Triton cannot build and load what launches its kernels; empty if it can."""
+    try:
+        from triton.runtime import driver
+
+        # The first access compiles a module of Triton's, which then is in TRITON_CACHE_DIR.
+        _ = driver.active
+    except Exception as error:  # among them those of the compiler, of files, and failed assertions
+        return str(error) or type(error).__name__
+    return ""
+
+
 def round_once() -> None:
     """Use cuBLASLt for matrix products, and keep sums of products in float32 until they are complete."""
     torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -86,3 +100,9 @@ def round_once() -> None:
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
     matmul.allow_fp16_reduced_precision_reduction = (False, False)
     matmul.allow_tf32 = False
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Let torch allocate no more than a share of a device's memory, less what CUDA takes besides."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(max(share - _CONTEXT_BYTES / total, 0.0), device)

@@ -7,7 +7,8 @@ import ctypes
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +17,16 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward, scores_prompts
+from headrace.worker.engine.gpu.cuda import is_out_of_memory
 from headrace.worker.engine.interface import Engine, Grammars, ModelInfo, Result, Row
 from headrace.worker.engine.load import gpu_assembly
 from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.precision import Precision
+from headrace.worker.engine.load.refusals import SEE_MODELS, LoadingError, UnsupportedModel, one_line
 from headrace.worker.engine.load.self_check import CheckedEngine
 from headrace.worker.engine.torch_engine import TorchEngine
+
+log = logging.getLogger(__name__)
 
 # Smaller steps are padded to this many tokens on the CPU if layers are not packed, because the plain matrix
 # kernels round differently below: measured bitwise with torch 2.13, the shapes of the two default models, and
@@ -32,6 +37,29 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 
 def ignore(_: object) -> None:
     """Do nothing with a report or a result."""
+
+
+@contextlib.contextmanager
+def as_unsupported(network: object, *, gpu: bool) -> Iterator[None]:
+    """Convert an exception of a model's own code, which ragged batches can cause, to UnsupportedModel.
+
+    network   the model
+    gpu       whether it is computed on a GPU
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LoadingError | MemoryError) or is_out_of_memory(error):
+            raise
+        log.debug("the code of the model failed", exc_info=True)
+        name, reason = type(network).__name__, one_line(error)
+        raise UnsupportedModel(
+            f"{name} cannot be computed on a GPU: {reason}; use --device cpu, serve it with transformers or "
+            f"vLLM, or choose another model: {SEE_MODELS}"
+            if gpu
+            else f"{name} does not support batches of sequences of different lengths as Headrace computes "
+            f"them: {reason}; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
+        ) from error
 
 
 class ModelEngine(Engine, CheckedEngine, Protocol):

@@ -77,12 +77,15 @@ def choose_device(device: str) -> Target:
     return Target(torch.device("cuda", chosen.index or 0), gpu=True)
 
 
-def set_up(target: Target, cache: Path, *, exact: bool) -> None:
+def set_up(target: Target, cache: Path, *, exact: bool, memory_share: float = 1.0) -> None:
     """Prepare this process for computing on a GPU; to be called before anything is computed there.
 
-    cache   folder where Triton keeps compiled kernels, so that the next start is faster
-    exact   choose settings of cuBLAS that make its results depend less on the batch, for networks with
-            products that our own kernels do not compute
+    cache          folder where Triton keeps compiled kernels, so that the next start is faster
+    exact          choose settings of cuBLAS that make its results depend less on the batch, for networks
+                   with products that our own kernels do not compute
+    memory_share   share of the device's memory that this process may use
+
+    Raises LoadingError if Triton cannot launch kernels.
     """
     if target.device.type != "cuda":
         return
@@ -93,6 +96,15 @@ def set_up(target: Target, cache: Path, *, exact: bool) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
         os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
         probes.round_once()
+    if memory_share < 1:
+        probes.limit_memory(target.device, memory_share)
+    # Otherwise the first kernel fails, which looks like a problem of the model.
+    if reason := probes.triton_start_error():
+        raise LoadingError(
+            f"Triton cannot build what launches its kernels: {one_line(RuntimeError(reason))}; it needs a C "
+            "compiler that works, libcuda.so.1 (ldconfig -p lists it), and a folder to write to, now "
+            f"{os.environ['TRITON_CACHE_DIR']}"
+        )
 
 
 def _cuda_problem(index: int) -> str:

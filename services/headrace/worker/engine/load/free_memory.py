@@ -45,7 +45,7 @@ def enough_for_weights(folder: Path, dtype: torch.dtype, device: torch.device) -
     weights = f"{needed / 2**30:.1f} GiB of weights" if needed else "the weights"
     refused = LoadingError(
         f"{device} has {free / 2**30:.1f} GiB of free memory, too little for {weights}; end other processes "
-        "on it, or choose a smaller model or a larger GPU"
+        "on it, raise --gpu-memory-share if it is below 1, or choose a smaller model or a larger GPU"
     )
     if needed > free:
         raise refused
@@ -65,8 +65,9 @@ def enough_for_steps(device: torch.device, *, step_tokens: int, max_running: int
             raise
         raise LoadingError(
             f"{device} has too little memory for steps of {step_tokens} tokens and {max_running} "
-            "sequences besides the weights; choose smaller --step-tokens and --max-running, a smaller model, "
-            "or a larger GPU"
+            "sequences besides the weights and KV memory; end other processes on it, or give each a "
+            "--gpu-memory-share; else choose smaller --step-tokens and --max-running, a smaller model, or a "
+            "larger GPU"
         ) from error
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,23 @@ from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
 from headrace.worker.engine.load.assembly import (
     LoadedModel,
     ModelEngine,
+    as_unsupported,
     ignore,
     limit_malloc_arenas,
     release_freed_memory,
 )
-from headrace.worker.engine.load.devices import Plan, Target, choose_device, set_up
+from headrace.worker.engine.load.devices import Plan, choose_device, set_up
 from headrace.worker.engine.load.free_memory import enough_for_steps
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.precision import Precision, choose_precision, decoder_precision
 from headrace.worker.engine.load.refusals import (
     SEE_MODELS,
-    LoadingError,
     UnsupportedModel,
     as_loading_error,
     one_line,
 )
 from headrace.worker.engine.load.vocabulary import VocabularyReader
 from headrace.worker.engine.transformers_attention import observe_layers, register_attention
-
-log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]  # receives one sentence
 ReadNetwork = Callable[[Path, torch.dtype, torch.device, Report], Any]  # see `read_network`
@@ -66,6 +63,7 @@ def load_engine(
     exact: bool = False,
     allow_pickle: bool = False,
     kv_memory: float | None = None,
+    gpu_memory_share: float = 1.0,
     progress: Report = ignore,
     warn: Report = ignore,
     read: ReadNetwork | None = None,
@@ -79,13 +77,13 @@ def load_engine(
     device                  "cpu", "cuda" or "cuda:N"
     dtype                   one of `precision.NAMES`; see `choose_precision`
     threads                 threads of torch on the CPU; None for torch's default
-    context_length          most tokens of prompt and answer; None for the model's limit, at most
-                            `model_config.DEFAULT_CONTEXT`
+    context_length          most tokens of prompt and answer; None: see `model_config.choose_context`
     max_running             most sequences that run at the same time
     step_tokens             most tokens of a step; KV memory leaves space for such a step
     exact                   on a GPU, compute batch-invariant results; on a CPU they are anyway
     allow_pickle            whether weights may be pickles, which can hold code
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`
+    gpu_memory_share        share of a GPU's memory that this process may use
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
     read                    reads the network from the folder; by default `read_network`
@@ -97,7 +95,7 @@ def load_engine(
         limit_malloc_arenas()
         target = choose_device(device)
         if target.gpu:
-            set_up(target, cache, exact=exact)
+            set_up(target, cache, exact=exact, memory_share=gpu_memory_share)
         elif exact:
             warn("--exact has no effect on a CPU, where the fast kernels are batch-invariant anyway")
         if threads is not None:
@@ -214,7 +212,7 @@ class _Start:
 
         register_attention()
         network = read(self.folder, self.precision.network_dtype, target.device, warn)
-        with _as_unsupported(network, target):
+        with as_unsupported(network, gpu=target.gpu):
             layers = observe_layers(network)
         loaded = LoadedModel(network, layers, self._choose_kind(layers), self.precision, plan)
         vocabulary = int(network.get_output_embeddings().weight.shape[0])
@@ -223,11 +221,11 @@ class _Start:
         model = self._describe(loaded, vocabulary, eos_ids)
         cases = self_check.make_cases(vocabulary, self.checked)
         with self._enough_for_steps():
-            with _as_unsupported(network, target):
+            with as_unsupported(network, gpu=target.gpu):
                 references = self_check.make_references(network, cases, model.dtype, now=target.gpu)
             loaded = loaded.prepared(self.progress)
             self.progress("comparing with transformers' own forward pass")
-            with _as_unsupported(network, target):
+            with as_unsupported(network, gpu=target.gpu):
                 invariant = _check_engine(loaded, model, cases, references, self.checked)
             if plan.exact and target.gpu and not invariant:
                 self.warn(
@@ -303,25 +301,6 @@ class _Start:
         if grammars is not None:
             model = dataclasses.replace(model, features=(*model.features, "structured"))
         return loaded.build_engine(model, self.progress, grammars=grammars)
-
-
-@contextmanager
-def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
-    """Convert an exception of a model's own code, which ragged batches can cause, to UnsupportedModel."""
-    try:
-        yield
-    except (LoadingError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        log.debug("the code of the model failed", exc_info=True)
-        name, reason = type(network).__name__, one_line(error)
-        raise UnsupportedModel(
-            f"{name} cannot be computed on a GPU: {reason}; use --device cpu, serve it with transformers or "
-            f"vLLM, or choose another model: {SEE_MODELS}"
-            if target.gpu
-            else f"{name} does not support batches of sequences of different lengths as Headrace computes "
-            f"them: {reason}; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
-        ) from error
 
 
 def _check_engine(
