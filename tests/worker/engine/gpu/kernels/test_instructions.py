@@ -2,61 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+
+import pytest
+
+# Prints the PTX of the variants of a module for each target, if their names match.
+_SCRIPT = """
+import importlib, json, re, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+module, wanted = sys.argv[1:]
+for variant in importlib.import_module("headrace.worker.engine.gpu.kernels." + module).variants():
+    for target in variant.targets or (80, 90):
+        if not re.fullmatch(wanted, variant.name):
+            continue
+        names = variant.kernel.arg_names
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+                   if name in variant.aligned or variant.signature.get(name, "").startswith("*")}
+        signature = {name: variant.signature.get(name, "constexpr") for name in names}
+        source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
+        options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages,
+                       enable_fp_fusion=variant.fp_fusion)
+        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+        print(json.dumps([variant.name, target, ptx]))
+"""
 
 
-def run(script: str) -> set[str]:
-    """Run a script that compiles, outside of the interpreter. Returns the lines that it prints."""
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled variant."""
+
+    name: str
+    target: int
+    ptx: str
+
+
+def compiled(module: str, wanted: str = ".*") -> list[Compiled]:
+    """Compile the variants of a module whose names match, outside of the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.splitlines())
+    command = [sys.executable, "-c", _SCRIPT, module, wanted]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [Compiled(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_all_tiles_of_a_device_compile_to_the_same_instruction() -> None:
     """Another instruction may add in another order."""
-    script = """
-import re, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from headrace.worker.engine.gpu.kernels import matmul
-for variant in matmul.variants():
-    for target in variant.targets:
-        names = variant.kernel.arg_names
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                   if name in variant.aligned or variant.signature.get(name, "").startswith("*")}
-        signature = {name: variant.signature.get(name, "constexpr") for name in names}
-        source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
-        options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, enable_fp_fusion=True)
-        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
-        shapes = set(re.findall(r"mma(?:_async)?\\.sync\\.aligned\\.(m\\d+n\\d+k\\d+)", ptx))
-        print(target, *sorted(shapes))
-"""
+    shape = re.compile(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)")
 
-    assert run(script) == {"80 m16n8k16", "90 m64n128k16"}
+    found = {(variant.target, *sorted(set(shape.findall(variant.ptx)))) for variant in compiled("matmul")}
+
+    with_tensor_cores = {(target, *shapes) for target, *shapes in found if shapes}
+    assert with_tensor_cores == {(80, "m16n8k16"), (90, "m64n128k16")}
 
 
-def test_attention_loads_a_key_tile_while_it_computes_another() -> None:
+@pytest.mark.parametrize("name", ["decode, Llama 3 8B", "split decode, Qwen2.5 0.5B"])
+def test_attention_loads_a_key_tile_while_it_computes_another(name: str) -> None:
     """A loop that waits for all of its copies, `wait_group 0`, has no copy in flight while it computes."""
-    script = """
-import re, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from headrace.worker.engine.gpu.kernels import attention
-for variant in attention.variants():
-    if variant.name in ("decode, Llama 3 8B", "split decode, Qwen2.5 0.5B") and 90 in variant.targets:
-        names = variant.kernel.arg_names
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                   if name in variant.aligned or variant.signature.get(name, "").startswith("*")}
-        signature = {name: variant.signature.get(name, "constexpr") for name in names}
-        source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
-        options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, enable_fp_fusion=False)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        loop = ptx[: ptx.index("mma.sync")]
-        print(variant.name, re.findall(r"cp\\.async\\.wait_group\\s+(\\d+)", loop)[-1])
-"""
+    (variant,) = [variant for variant in compiled("attention", name) if variant.target == 90]
+
+    loop = variant.ptx[: variant.ptx.index("mma.sync")]
     # Of each tile: keys, values and the block table for both.
-    assert run(script) == {"decode, Llama 3 8B 4", "split decode, Qwen2.5 0.5B 4"}
+    assert re.findall(r"cp\.async\.wait_group\s+(\d+)", loop)[-1] == "4"
+
+
+@pytest.mark.parametrize("module", ["sampling", "likelihoods"])
+def test_exact_arithmetic_compiles_to_instructions_that_round_as_on_a_cpu(module: str) -> None:
+    """Each operation rounds once: none is fused or approximate, and small numbers are not replaced by 0.
+
+    Other instructions, such as conversions and comparisons, are exact or have one result.
+    """
+    arithmetic = r"\b(?:add|sub|mul|div|fma|mad|rcp|sqrt|rsqrt)\.[a-z0-9.]*f(?:16|32|64)\b"
+    inexact = r"[a-z0-9.]*\.(?:ftz|approx|full)[a-z0-9.]*"
+
+    found = {
+        name for variant in compiled(module) for name in re.findall(rf"{arithmetic}|{inexact}", variant.ptx)
+    }
+
+    assert found <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "mul.rn.f64"}
+    assert {"add.rn.f32", "mul.rn.f32"} <= found

@@ -82,7 +82,8 @@ class Recorder:
         given |= {key: value for key, value in kwargs.items() if key in names}
         options = {key: value for key, value in kwargs.items() if key not in names}
         assert set(given) == set(names), (name, set(names) ^ set(given))
-        assert "enable_fp_fusion" in options, name  # Triton warns where it is not given
+        # Triton warns where it is not given, and what a CPU computes too must not be fused.
+        assert options["enable_fp_fusion"] in _fusions()[name], name
         unspecialised = kernel.kwargs.get("do_not_specialize") or ()
         signature, constants, aligned = {}, {}, []
         for key, value in given.items():
@@ -121,6 +122,16 @@ class Recorder:
     def as_json(self) -> str:
         """Return the launches for `compile_launches`."""
         return json.dumps([asdict(launch) for launch in self.unique])
+
+
+@functools.cache
+def _fusions() -> dict[str, set[bool]]:
+    """Return whether `variants()` allow each kernel to fuse multiplications and additions."""
+    found: dict[str, set[bool]] = {}
+    for module in MODULES:
+        for variant in variants(module):
+            found.setdefault(variant.kernel.fn.__name__, set()).add(variant.fp_fusion)
+    return found
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def draw(
             tl.store(own_masses + row * blocks + block, tl.sum(weight(x - own_largest)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def choose(
     logits: tl.tensor, stride: tl.tensor, parameters: tl.tensor, counts: tl.tensor, slots: tl.tensor,
     samples: tl.tensor, maxima: tl.tensor, own_maxima: tl.tensor, bests: tl.tensor, best_ids: tl.tensor,
