@@ -1,7 +1,7 @@
 """Instructions that compute in each lane alone (ISA, sections 9.7.1 to 9.7.9 without memory).
 
-What the ISA calls approximate is computed exactly and rounded; a GPU may differ in the last bits. A product of
-float32 that is fused with a sum is rounded twice, first to float64, which rarely changes the result.
+What the ISA calls approximate is computed exactly and rounded; a GPU may differ in the last bits. A sum of
+float32 that is fused with a product is rounded twice, first to float64, which rarely changes the result.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ _FLOAT_MODIFIERS = {"rn", "approx", "full", "ftz", "NaN"}
 
 def _truncated(a: Lanes, b: Lanes) -> Lanes:
     """Divide as PTX does, towards 0; what division by 0 gives is undefined."""
-    quotient = np.where(b == 0, -1, np.floor_divide(a, np.where(b == 0, 1, b)))
+    quotient = np.floor_divide(a, np.where(b == 0, 1, b).astype(a.dtype))
     remains = quotient * b != a
-    return (quotient + (remains & ((a < 0) != (b < 0)))).astype(a.dtype)
+    truncated: Lanes = (quotient + (remains & ((a < 0) != (b < 0)))).astype(a.dtype)
+    return truncated
 
 
 _INTEGERS: dict[str, tuple[int, Callable[..., Lanes]]] = {
@@ -176,7 +177,7 @@ def _bit_field(scope: Scope) -> Action:
     dtype, bits = DTYPES[kind], int(kind[1:])
     target, source, *where = scope.instruction.operands
     position, length = map(scope.number, where)
-    if not (0 < length and position + length <= bits):
+    if length <= 0 or position + length > bits:
         raise scope.unknown()
     read, write = scope.read(source, kind), scope.write(target)
     up, down = dtype.type(bits - position - length), dtype.type(bits - length)
@@ -204,7 +205,7 @@ def _permute(scope: Scope) -> Action:
 
 def _select(scope: Scope) -> Action:
     kind = scope.instruction.kind
-    return elementwise(scope, [kind, kind, "pred"], lambda a, b, chosen: np.where(chosen, a, b))
+    return elementwise(scope, [kind, kind, "pred"], lambda a, b, chosen: np.asarray(np.where(chosen, a, b)))
 
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {

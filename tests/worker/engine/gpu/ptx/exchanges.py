@@ -7,18 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from tests.worker.engine.gpu.ptx.errors import WrongAccess
 from tests.worker.engine.gpu.ptx.formats import LANES, Lanes, Mask
 from tests.worker.engine.gpu.ptx.operands import Action, Scope, all_lanes
 from tests.worker.engine.gpu.ptx.warps import Warp
 
 _LANES = np.arange(LANES)
-_EVERY = {"-1", "0xffffffff", "0xFFFFFFFF", "4294967295"}
 
 
-def _need_every_lane(scope: Scope) -> None:
-    """Raise if the last operand, a mask of lanes, leaves one out."""
-    if scope.instruction.operands[-1] not in _EVERY:
-        raise scope.unknown()
+def _every_lane(scope: Scope) -> Action:
+    """Return what checks that all lanes execute an instruction, and are named by its last operand."""
+    named = scope.read(scope.instruction.operands[-1], "s32")
+
+    def check(warp: Warp, mask: Mask) -> None:
+        all_lanes(mask)
+        if (named(warp) != -1).any():
+            raise WrongAccess(f"its mask of lanes is {int(named(warp)[0]) % (1 << 32):#x}, not all of them")
+
+    return check
 
 
 def _shuffle(scope: Scope) -> Action:
@@ -26,13 +32,13 @@ def _shuffle(scope: Scope) -> Action:
     target, source, distance, clamp, _ = scope.instruction.operands
     if sync != "sync" or mode not in ("bfly", "up", "down", "idx") or "|" in target:
         raise scope.unknown()
-    _need_every_lane(scope)
+    check = _every_lane(scope)
     read, by, write = scope.read(source, "b32"), scope.read(distance, "b32"), scope.write(target)
     limit, segment = scope.number(clamp) & 31, scope.number(clamp) >> 8 & 31
     most = (_LANES & segment) | (limit & ~segment)
 
     def act(warp: Warp, mask: Mask) -> None:
-        all_lanes(mask)
+        check(warp, mask)
         other = (by(warp) & np.uint32(31)).astype(np.int64)
         if mode == "up":
             lane = _LANES - other
@@ -52,12 +58,12 @@ def _shuffle(scope: Scope) -> Action:
 def _vote(scope: Scope) -> Action:
     if scope.instruction.opcode != ("vote", "sync", "ballot", "b32"):
         raise scope.unknown()
-    _need_every_lane(scope)
+    check = _every_lane(scope)
     target, source, _ = scope.instruction.operands
     read, write = scope.read(source, "pred"), scope.write(target)
 
     def act(warp: Warp, mask: Mask) -> None:
-        all_lanes(mask)
+        check(warp, mask)
         write(warp, np.full(LANES, np.packbits(read(warp), bitorder="little").view(np.uint32)[0]), mask)
 
     return act
@@ -77,12 +83,12 @@ def _reduce(scope: Scope) -> Action:
     _, _, operation, kind = scope.instruction.opcode
     if operation not in _REDUCTIONS:
         raise scope.unknown()
-    _need_every_lane(scope)
+    check = _every_lane(scope)
     target, source, _ = scope.instruction.operands
     read, write, reduced = scope.read(source, kind), scope.write(target), _REDUCTIONS[operation]
 
     def act(warp: Warp, mask: Mask) -> None:
-        all_lanes(mask)
+        check(warp, mask)
         numbers = read(warp)
         write(warp, np.full(LANES, reduced(numbers), numbers.dtype), mask)
 
@@ -98,8 +104,7 @@ def _synchronise_warp(scope: Scope) -> Action:
     """Build bar.warp.sync: the lanes of a warp are at the same instruction anyway, if all execute it."""
     if scope.instruction.opcode != ("bar", "warp", "sync"):
         raise scope.unknown()
-    _need_every_lane(scope)
-    return lambda warp, mask: all_lanes(mask)
+    return _every_lane(scope)
 
 
 BUILDERS: dict[str, Callable[[Scope], Action]] = {

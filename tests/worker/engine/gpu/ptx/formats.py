@@ -1,4 +1,4 @@
-"""Numbers as PTX types them (ISA, "Types"). Bits of registers are unsigned numpy arrays, one number per lane."""
+"""Numbers as PTX types them (ISA, chapter 5). Registers are unsigned numpy arrays, one number per lane."""
 
 from __future__ import annotations
 

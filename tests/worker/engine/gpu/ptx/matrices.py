@@ -1,8 +1,9 @@
 """Instructions of a warp on matrices: ldmatrix, stmatrix, mma.sync and wgmma.
 
-The places of numbers in registers are those of the figures in the ISA's "Warp Level Matrix Multiply-Accumulate
-Instructions" and "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions". An instruction's products
-are summed in float64 and rounded once, to float32; tensor cores truncate, in an order that is not documented.
+The places of numbers in registers are those of the figures in the ISA's sections "Warp Level Matrix
+Multiply-Accumulate Instructions" and "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+The products of an instruction are summed in float64 and rounded once, to float32; tensor cores truncate, in
+an order that is not documented.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run tests of kernels on the emulator: `pytest -p tests.worker.engine.gpu.ptx.plugin FILES`.
 
-pytest imports it before the tests: Triton decides when it is imported whether kernels are interpreted. What is
-compiled goes to a temporary folder, as it is not for a GPU.
+pytest imports it before the tests: Triton decides when it is imported whether kernels are interpreted. What
+is compiled goes to a temporary folder, as it is not for a GPU.
 """
 
 from __future__ import annotations

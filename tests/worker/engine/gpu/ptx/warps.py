@@ -15,8 +15,8 @@ from tests.worker.engine.gpu.ptx.memory import Memory
 class Pending:
     """Asynchronous operations of a warp, in groups (ISA, "cp.async.commit_group", "wgmma.wait_group").
 
-    An operation takes effect at its issue or when its group is waited for, by chance: the two ends of the time in
-    which a GPU may execute it.
+    An operation takes effect at its issue or when its group is waited for, by chance: the two ends of the
+    time in which a GPU may execute it.
 
     ordered   an operation needs the results of those before it
     """
