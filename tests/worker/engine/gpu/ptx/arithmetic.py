@@ -164,9 +164,9 @@ def _shift(scope: Scope) -> Action:
     def shift(a: Lanes, by: Lanes) -> Lanes:
         # All distances from the width on are the same: 0, or the sign.
         inside = np.minimum(by, bits - 1).astype(a.dtype)
-        shifted = a << inside if left else a >> inside
+        shifted: Lanes = a << inside if left else a >> inside
         if left or a.dtype.kind == "u":
-            shifted = np.where(by >= bits, 0, shifted).astype(a.dtype)
+            return np.asarray(np.where(by >= bits, 0, shifted).astype(a.dtype))
         return shifted
 
     return elementwise(scope, [kind, "u32"], shift)

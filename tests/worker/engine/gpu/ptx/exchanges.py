@@ -17,12 +17,15 @@ _LANES = np.arange(LANES)
 
 def _every_lane(scope: Scope) -> Action:
     """Return what checks that all lanes execute an instruction, and are named by its last operand."""
-    named = scope.read(scope.instruction.operands[-1], "s32")
+    operand = scope.instruction.operands[-1]
+    if operand == "-1":
+        return lambda warp, mask: all_lanes(mask)
+    named = scope.read(operand, "u32")
 
     def check(warp: Warp, mask: Mask) -> None:
         all_lanes(mask)
-        if (named(warp) != -1).any():
-            raise WrongAccess(f"its mask of lanes is {int(named(warp)[0]) % (1 << 32):#x}, not all of them")
+        if (lanes := named(warp)).min() != (1 << LANES) - 1:
+            raise WrongAccess(f"its mask of lanes is {int(lanes.min()):#x}, not all of them")
 
     return check
 

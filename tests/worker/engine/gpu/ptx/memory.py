@@ -30,10 +30,6 @@ class Region:
         self._bytes = data
         self._views: dict[np.dtype[Any], npt.NDArray[Any]] = {}
 
-    def holds(self, addresses: Addresses, size: int) -> bool:
-        """Return whether all of these accesses, at least one, are inside."""
-        return bool(addresses.min() >= self.start and addresses.max() + size <= self.stop)
-
     def places(self, addresses: Addresses, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Addresses]:
         """Return the memory as numbers of a type, and which of them are at the addresses."""
         view = self._views.get(dtype)
@@ -48,20 +44,25 @@ class Memory:
     def __init__(self, regions: list[Region]) -> None:
         self._regions = regions
 
-    def check(self, addresses: Addresses, size: int) -> None:
-        """Raise if an access of *size* bytes is not aligned or not inside of a region."""
-        if (addresses % size).any():
-            raise WrongAccess(
-                f"address {int(addresses[(addresses % size) != 0][0]):#x} is no multiple of {size}"
-            )
-        if any(region.holds(addresses, size) for region in self._regions):
-            return
+    def check(self, addresses: Addresses, size: int) -> Region | None:
+        """Raise if an access of *size* bytes is not aligned or not inside of a region.
+
+        Returns the region of all accesses, or None if they are in several.
+        """
+        if np.any(addresses % size):
+            wrong = int(addresses[addresses % size != 0][0])
+            raise WrongAccess(f"address {wrong:#x} is not a multiple of {size}")
+        first, last = addresses.min(), addresses.max() + size
+        for region in self._regions:
+            if region.start <= first and last <= region.stop:
+                return region
         for lane, address in enumerate(addresses.tolist()):
             if not any(region.start <= address and address + size <= region.stop for region in self._regions):
                 raise WrongAccess(
                     f"{size} bytes at {address:#x}, of active lane {lane}, are outside of all memory: "
                     + "; ".join(self._distance(region, address) for region in self._regions)
                 )
+        return None
 
     @staticmethod
     def _distance(region: Region, address: int) -> str:
@@ -71,28 +72,29 @@ class Memory:
     def read(self, addresses: Addresses, dtype: np.dtype[Any], count: int = 1) -> npt.NDArray[Any]:
         """Return [accesses, count] adjacent numbers."""
         size = dtype.itemsize
-        self.check(addresses, size * count)
+        region = self.check(addresses, size * count)
+        places = addresses[:, None] + np.arange(count) * size
+        if region is not None:
+            view, indices = region.places(places, dtype)
+            return view[indices]
         found = np.empty((len(addresses), count), dtype)
-        steps = np.arange(count) * size
-        for region, chosen in self._divided(addresses, size * count):
-            view, places = region.places(addresses[chosen][:, None] + steps, dtype)
-            found[chosen] = view[places]
+        for part, chosen in self._divided(addresses, size * count):
+            view, indices = part.places(places[chosen], dtype)
+            found[chosen] = view[indices]
         return found
 
     def write(self, addresses: Addresses, values: npt.NDArray[Any]) -> None:
         """Write [accesses, count] adjacent numbers."""
         size, count = values.itemsize, values.shape[1]
-        self.check(addresses, size * count)
-        steps = np.arange(count) * size
-        for region, chosen in self._divided(addresses, size * count):
-            view, places = region.places(addresses[chosen][:, None] + steps, values.dtype)
-            view[places] = values[chosen]
+        region = self.check(addresses, size * count)
+        places = addresses[:, None] + np.arange(count) * size
+        parts = [(region, slice(None))] if region is not None else self._divided(addresses, size * count)
+        for part, chosen in parts:
+            view, indices = part.places(places[chosen], values.dtype)
+            view[indices] = values[chosen]
 
     def _divided(self, addresses: Addresses, size: int) -> list[tuple[Region, Any]]:
-        """Return which accesses are in which region; all are in one."""
-        for region in self._regions:
-            if region.holds(addresses, size):
-                return [(region, slice(None))]
+        """Return which accesses are in which region."""
         left = np.ones(len(addresses), bool)
         found = []
         for region in self._regions:

@@ -148,7 +148,7 @@ def test_a_shuffle_among_some_lanes_is_an_error() -> None:
             "outside of all memory: lanes has 256 bytes, the access is at 256",
         ),
         ("ld.global.b32 %r4, [%rd1+-4];", "the access is at -4"),
-        ("ld.global.b32 %r4, [%rd1+2];", "no multiple of 4"),
+        ("ld.global.b32 %r4, [%rd1+2];", "is not a multiple of 4"),
         ("ld.shared.b32 %r4, [0];", "outside of all memory"),
     ],
 )
