@@ -20,7 +20,7 @@ from tests.worker.engine.gpu.ptx.emulation import Emulated
 from tests.worker.engine.gpu.ptx.errors import EmulationError
 from tests.worker.engine.gpu.ptx.memory import memory_of
 
-CAPABILITY = 90
+CAPABILITY = int(os.environ.get("HEADRACE_PTX_CAPABILITY", "90"))  # compute capability that is compiled for
 SEED = "HEADRACE_PTX_SEED"  # the variable with the seed of all orders; random if it is not set
 
 _TARGET = GPUTarget("cuda", CAPABILITY, 32)

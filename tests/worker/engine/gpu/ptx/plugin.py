@@ -20,14 +20,15 @@ if _FOLDER not in os.environ:
     atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
 os.environ["TRITON_CACHE_DIR"] = os.environ[_FOLDER]
 
-from headrace.worker.engine.gpu.kernels import tiling  # noqa: E402  # after the variables are set
+from headrace.worker.engine.gpu.kernels import matmul, tiling  # noqa: E402  # after the variables are set
 from tests.worker.engine.gpu.ptx import driver  # noqa: E402
 
 DRIVER = driver.install()
 # The kernels are compiled for this device, with its tiles.
 tiling.capability_of = lambda device: driver.CAPABILITY
+matmul._major = lambda device: driver.CAPABILITY // 10  # type: ignore[assignment]
 
 
 def pytest_report_header() -> str:
     """Print how to repeat the run."""
-    return f"kernels are emulated: {driver.SEED}={DRIVER.seed}"
+    return f"kernels are emulated, compiled for {driver.CAPABILITY}: {driver.SEED}={DRIVER.seed}"
