@@ -22,7 +22,7 @@ VLLM_UNWANTED := torchvision torchaudio torchcodec
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiers up test test-oldest test-vllm tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo demo-tiers up test test-oldest test-vllm tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-emulation gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -104,6 +104,13 @@ bench-peers: $(INSTALLED) ## install the peers of the benchmarks: vLLM, OpenVINO
 # Installs nothing: on a GPU machine the environment is there, and WHEELS is a folder with what it lacks.
 gpu: ## check and measure a GPU worker on this machine, in 8 minutes (WHEELS=DIR, PARTS="card decode"); see docs/gpu.md
 	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--only $(PARTS))
+
+# The tests that compute with kernels.
+EMULATED := $(addprefix kernels/test_,activation.py attention.py embedding.py matmul.py norms.py rotary.py store.py) \
+	test_sampler.py test_likelihoods.py test_paged_attention.py test_decoder.py test_decoder_exact.py \
+	test_network_forward.py test_engine.py emulated/emulator_cases.py
+gpu-emulation: $(INSTALLED) ## run all tests of GPU kernels as they compile for an H100, in an emulator on the CPU
+	pytest -p tests.worker.engine.gpu.ptx.plugin -n auto --durations=10 $(addprefix tests/worker/engine/gpu/,$(EMULATED))
 
 gpu-rehearsal: $(INSTALLED) ## run the same with tiny models on the CPU
 	python -m benchmarks.gpu --rehearse

@@ -13,7 +13,14 @@ from tests.worker.engine.gpu.device import HAS_CUDA
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["*"]
 
 # These compute nothing on a device.
-_WITHOUT_DEVICE = ("test_filling", "test_instructions", "test_report", "test_report_attention")
+_WITHOUT_DEVICE = (
+    "test_emulated",
+    "test_emulated_instructions",
+    "test_filling",
+    "test_instructions",
+    "test_report",
+    "test_report_attention",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -96,6 +96,16 @@ def test_heads_of_any_dimension_up_to_512_are_supported(key_dim: int, value_dim:
     check(Step(decodes, layer, dtype=half), programs=2)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_largest_query_tiles_of_mixed_steps_attend_alike(dim: int) -> None:
+    """They have 128 lines: on compute capability 9.0, four warps multiply them together."""
+    half = DTYPES[-1]
+    tile = tile_for(4, dim, dim, half.itemsize, exact=False)
+    rows = [Row(0, 33, 2), Row(250, 260, 3), Row(299, 301, 4)]
+
+    check(Step(rows, layer_of(4, 1, dim), tile=tile, padding=3, dtype=half), segmented=False)
+
+
 @pytest.mark.parametrize("window", [1, 33, 257])
 def test_a_window_hides_the_keys_before_it(window: int) -> None:
     masking = Masking(0.25, window=window)

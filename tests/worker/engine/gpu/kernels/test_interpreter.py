@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.worker.engine.gpu.device import DEVICE, HAS_CUDA
+from tests.worker.engine.gpu.device import DEVICE, EMULATED, HAS_CUDA
 
-pytestmark = pytest.mark.skipif(HAS_CUDA, reason="the interpreter is not used")
+pytestmark = pytest.mark.skipif(HAS_CUDA or EMULATED, reason="the interpreter is not used")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
