@@ -109,7 +109,7 @@ gpu: ## check and measure a GPU worker on this machine, in 8 minutes (WHEELS=DIR
 EMULATED := $(addprefix kernels/test_,activation.py attention.py embedding.py matmul.py norms.py rotary.py store.py) \
 	test_sampler.py test_likelihoods.py test_paged_attention.py test_decoder.py test_decoder_exact.py \
 	test_network_forward.py test_engine.py emulated/emulator_cases.py
-gpu-emulation: $(INSTALLED) ## run all tests of GPU kernels as they compile for an H100, in an emulator on the CPU
+gpu-emulation: $(INSTALLED) ## run all tests of GPU kernels as they compile for an H100, in an emulator on the CPU (5 minutes)
 	pytest -p tests.worker.engine.gpu.ptx.plugin -n auto --durations=10 $(addprefix tests/worker/engine/gpu/,$(EMULATED))
 
 gpu-rehearsal: $(INSTALLED) ## run the same with tiny models on the CPU
