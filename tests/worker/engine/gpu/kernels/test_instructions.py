@@ -13,23 +13,13 @@ import pytest
 
 # Prints the PTX of the variants of a module for each target, if their names match.
 _SCRIPT = """
-import importlib, json, re, sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json, re, sys
+from headrace.worker.engine.gpu.kernels.report import compile_kernel, variants
 module, wanted = sys.argv[1:]
-for variant in importlib.import_module("headrace.worker.engine.gpu.kernels." + module).variants():
+for variant in variants(module):
     for target in variant.targets or (80, 90):
-        if not re.fullmatch(wanted, variant.name):
-            continue
-        names = variant.kernel.arg_names
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-                   if name in variant.aligned or variant.signature.get(name, "").startswith("*")}
-        signature = {name: variant.signature.get(name, "constexpr") for name in names}
-        source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=aligned)
-        options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages,
-                       enable_fp_fusion=variant.fp_fusion)
-        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
-        print(json.dumps([variant.name, target, ptx]))
+        if re.fullmatch(wanted, variant.name):
+            print(json.dumps([variant.name, target, compile_kernel(variant, target).asm["ptx"]]))
 """
 
 

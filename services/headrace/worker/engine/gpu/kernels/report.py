@@ -64,14 +64,13 @@ def variants(module: str) -> list[Variant]:
     return found
 
 
-def compile_variant(variant: Variant, capability: int) -> Compiled:
-    """Compile a variant for a compute capability, such as 90.
+def compile_kernel(variant: Variant, capability: int) -> Any:
+    """Compile a variant for a compute capability, such as 90, and return Triton's compiled kernel.
 
     Raises an error of Triton if it does not compile.
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
@@ -86,7 +85,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         for index, name in enumerate(names)
         if signature[name].startswith("*") or name in variant.aligned
     }
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
         options={
@@ -95,6 +94,16 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
             "enable_fp_fusion": variant.fp_fusion,
         },
     )
+
+
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compile a variant for a compute capability, such as 90, and find out what it uses.
+
+    Raises an error of Triton if it does not compile.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    compiled = compile_kernel(variant, capability)
     registers, spills = _registers(
         compiled.asm["ptx"],
         get_ptxas(capability).path,
